@@ -1,0 +1,1 @@
+"""Similarity: contrast, metric, few shots."""
