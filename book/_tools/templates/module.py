@@ -1,0 +1,12 @@
+"""$summary
+
+$source
+"""
+
+# Definitions
+
+
+# The method
+
+
+# Variants

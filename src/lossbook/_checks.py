@@ -1,0 +1,99 @@
+"""Argument checks that the papers' modules share. Each error names the argument, what came and what is needed."""
+
+import math
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def known_false(condition: Tensor) -> bool:
+    """Whether ``condition`` is known to be false for some element.
+
+    Under ``vmap`` and ``torch.compile`` values are not available, and on an accelerator reading one would stall the
+    queue: there the answer is ``False``, and shapes and dtypes are all that is checked.
+    """
+    if torch.compiler.is_compiling() or condition.device.type != "cpu":
+        return False
+    try:
+        return not bool(condition.all())
+    except RuntimeError:  # a batched tensor of vmap has no one truth value
+        return False
+
+
+def floating(name: str, value: Tensor, ndim: int | None = None) -> Tensor:
+    """``value``, if it is a floating-point tensor with ``ndim`` dimensions, none of them empty."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}")
+    if value.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(value.shape)}")
+    return value
+
+
+def same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that two tensors have one shape."""
+    if value.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
+
+
+def positive_number(name: str, value: float) -> float:
+    """``value`` as a float, if it is finite and greater than zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and > 0, got {value}")
+    return float(value)
+
+
+def positive_int(name: str, value: int, minimum: int = 1) -> int:
+    """``value``, if it is an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def fraction(name: str, value: float) -> float:
+    """``value``, if it lies in (0, 1]."""
+    if positive_number(name, value) > 1:
+        raise ValueError(f"{name} must lie in (0, 1], got {value}")
+    return float(value)
+
+
+def temperature(value: float | Tensor, rows: int, name: str = "temperature") -> float | Tensor:
+    """A temperature for ``rows`` rows: a float, or a tensor of shape ``()`` or ``(rows,)``; finite and > 0."""
+    if not isinstance(value, Tensor):
+        return positive_number(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if value.shape not in (torch.Size([]), torch.Size([rows])):
+        raise ValueError(f"{name} must have shape () or ({rows},), got {tuple(value.shape)}")
+    if known_false(torch.isfinite(value) & (value > 0)):
+        raise ValueError(f"{name} must be finite and > 0 everywhere, got {value.detach()}")
+    return value
+
+
+def boolean_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """A boolean mask of ``shape`` with at least one true element in each row, or None."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(mask.shape)}")
+    if known_false(mask.any(dim=-1)):
+        raise ValueError(f"{name} must keep at least one element in each row, got a row of False")
+    return mask
+
+
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    """``loss`` after ``reduction``: "none", "mean" or "sum"."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()

@@ -1,0 +1,224 @@
+"""Row-wise log-sum-exp of similarities, without the matrix of similarities.
+
+The loss of an anchor against N keys needs ``logsumexp_k(q . k)``: one number a row, from a matrix that nothing else needs. Rows
+are taken a chunk at a time, and the backward pass computes each chunk again instead of keeping it.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lossbook import _checks
+
+# A chunk of this many similarities stays near the cache on a CPU and fills a GPU.
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+# Fewer rows than this make the matrix products memory-bound, so wide rows get larger chunks, up to a limit.
+_CHUNK_ROWS, _CHUNK_LIMIT = 256, 2**25
+
+
+def _chunk_rows(num_keys: int, device: torch.device) -> int:
+    elements = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cuda"])
+    return max(1, elements // num_keys, min(_CHUNK_ROWS, _CHUNK_LIMIT // num_keys))
+
+
+def _logits(queries: Tensor, keys: Tensor, bias: Tensor | None, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
+    """One chunk of the matrix, in float32 or wider, with -inf where a key is not used."""
+    logits = (queries @ keys.T).to(torch.promote_types(queries.dtype, torch.float32))
+    if bias is not None:
+        logits = logits + bias
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if exclude is not None:
+        logits = logits.scatter(1, exclude, -torch.inf)
+    return logits
+
+
+def _softmax(logits: Tensor, logsumexp: Tensor) -> Tensor:
+    """``exp(logits - logsumexp)`` by row, and zero in a row without keys, where both are -inf."""
+    return logits.sub_(logsumexp.masked_fill(logsumexp == -torch.inf, 0)[:, None]).exp_()
+
+
+class _StreamedLogSumExp(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(queries, keys, bias, mask, exclude, chunk_rows):
+        rows = []
+        for start in range(0, queries.shape[0], chunk_rows):
+            rows_of = _slicer(start, chunk_rows)
+            logits = _logits(rows_of(queries), keys, bias, rows_of(mask), rows_of(exclude))
+            rows.append(torch.logsumexp(logits, dim=1))
+        return torch.cat(rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        queries, keys, bias, mask, exclude, ctx.chunk_rows = inputs
+        ctx.save_for_backward(queries, keys, bias, mask, exclude, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        queries, keys, bias, mask, exclude, logsumexp = ctx.saved_tensors
+        need_queries, need_keys, need_bias = ctx.needs_input_grad[:3]
+        grad_queries, grad_keys, grad_bias = [], None, None
+        for start in range(0, queries.shape[0], ctx.chunk_rows):
+            rows_of = _slicer(start, ctx.chunk_rows)
+            q, grad = rows_of(queries), rows_of(grad_output)
+            softmax = _softmax(_logits(q, keys, bias, rows_of(mask), rows_of(exclude)), rows_of(logsumexp))
+            if need_bias:
+                grad_bias = _added(grad_bias, grad @ softmax)
+            softmax = softmax.to(q.dtype)
+            if need_queries:
+                grad_queries.append((softmax @ keys) * grad[:, None].to(q.dtype))
+            if need_keys:
+                grad_keys = _added(grad_keys, (softmax.T @ (q * grad[:, None].to(q.dtype))).to(grad.dtype))
+        return (
+            torch.cat(grad_queries) if need_queries else None,
+            grad_keys.to(keys.dtype) if need_keys else None,
+            grad_bias.to(bias.dtype) if need_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _slicer(start: int, rows: int):
+    return lambda tensor: None if tensor is None else tensor[start : start + rows]
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
+def streamed_logsumexp(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    exclude: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Row-wise :math:`\log\sum_k \exp(q_i^\top k_k/\tau_i + b_k)`, without holding the matrix of similarities.
+
+    Differentiable once in ``queries``, ``keys``, ``temperature`` and ``bias``. Products are taken in the inputs' dtype, also
+    under autocast; what follows is in float32 or wider.
+
+    Args:
+        queries: shape ``(B, d)``, floating point. Not normalized here.
+        keys: shape ``(N, d)``, the dtype and device of ``queries``.
+        temperature: :math:`\tau > 0`, one number, or a tensor of shape ``()`` or ``(B,)``, one for each row.
+        bias: shape ``(N,)``; added to every row's scaled similarities (a log-weight of each key).
+        mask: shape ``(B, N)``, bool, true where a key is used. It is as large as the matrix: prefer ``exclude``.
+        exclude: shape ``(B,)`` or ``(B, m)``, int64: for each row, the indices of keys that are left out. ``torch.arange(B)``
+            leaves out each row itself.
+        chunk_size: rows taken at a time; None chooses by ``N`` and the device.
+
+    Returns:
+        Shape ``(B,)``, float32 or wider; -inf, with zero gradients, in a row in which no key is left.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes do not fit, or the temperature is not finite and positive.
+
+    Complexity: O(BNd) time, two matrix products forward and back as many as the dense computation, and one more;
+    O(chunk_size * N + (B + N) d) memory against O(BN) of the dense computation.
+
+    Source: the log-partition function of softmax losses; chapter ``similarity/temperature``, eq-temperature-loss.
+
+    Example:
+        >>> x = torch.eye(3)
+        >>> streamed_logsumexp(x, x, exclude=torch.arange(3))  # log(2 e^0)
+        tensor([0.6931, 0.6931, 0.6931])
+    """
+    _checks.floating("queries", queries, 2)
+    _checks.floating("keys", keys, 2)
+    rows, num_keys = queries.shape[0], keys.shape[0]
+    if keys.shape[1] != queries.shape[1] or keys.dtype != queries.dtype:
+        raise ValueError(
+            f"keys must have {queries.shape[1]} columns of {queries.dtype} like queries, "
+            f"got shape {tuple(keys.shape)} of {keys.dtype}"
+        )
+    temperature = _checks.temperature(temperature, rows)
+    if bias is not None and _checks.floating("bias", bias).shape != (num_keys,):
+        raise ValueError(f"bias must have shape ({num_keys},), got {tuple(bias.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows, num_keys)):
+        raise ValueError(f"mask must be bool of shape ({rows}, {num_keys}), got {mask.dtype} of {tuple(mask.shape)}")
+    if exclude is not None:
+        if exclude.dtype != torch.int64 or exclude.ndim not in (1, 2) or exclude.shape[0] != rows:
+            raise ValueError(
+                f"exclude must be int64 of shape ({rows},) or ({rows}, m), got {exclude.dtype} of {tuple(exclude.shape)}"
+            )
+        if _checks.known_false((exclude >= 0) & (exclude < num_keys)):
+            raise ValueError(f"exclude must hold indices in [0, {num_keys}), got {exclude.min()} to {exclude.max()}")
+        exclude = exclude.reshape(rows, -1)
+    chunk_rows = _chunk_rows(num_keys, queries.device) if chunk_size is None else chunk_size
+    _checks.positive_int("chunk_size", chunk_rows)
+    with torch.autocast(queries.device.type, enabled=False):
+        # The temperature's gradient flows through this division: d lse / d tau = -E[s] / tau^2 needs nothing else.
+        scaled = queries / (temperature[:, None] if getattr(temperature, "ndim", 0) == 1 else temperature)
+        return _StreamedLogSumExp.apply(scaled.to(queries.dtype), keys, bias, mask, exclude, chunk_rows)
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Log-probability of each target token under a linear output layer, without the (tokens, vocabulary) matrix.
+
+    :math:`\log p(y_t) = (h_t^\top w_{y_t} + b_{y_t})/\tau - \log\sum_v\exp((h_t^\top w_v + b_v)/\tau)`.
+
+    Args:
+        hidden: shape ``(..., d)``, floating point: the last hidden states.
+        weight: shape ``(V, d)``, the dtype and device of ``hidden``: the output layer, one row a token.
+        targets: shape ``(...)``, int64, in ``[0, V)`` or equal to ``ignore_index``.
+        bias: shape ``(V,)`` or None.
+        temperature: a number > 0.
+        ignore_index: the target that marks a position without one.
+        chunk_size: tokens taken at a time; None chooses by ``V`` and the device.
+
+    Returns:
+        Shape ``(...)``, float32 or wider, at most 0 up to rounding; 0, with zero gradient, where the target is ``ignore_index``.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes do not fit, a target is out of range, or the temperature is not finite and positive.
+
+    Complexity: O(TVd) time and O(chunk_size * V + (T + V) d) memory for T tokens.
+
+    Source: the softmax likelihood of a language model; the same recomputation as :func:`streamed_logsumexp`.
+
+    Example:
+        >>> token_logprobs(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([1, -100]))  # -log 4, ignored
+        tensor([-1.3863,  0.0000])
+    """
+    _checks.floating("hidden", hidden)
+    _checks.floating("weight", weight, 2)
+    if weight.shape[1] != hidden.shape[-1] or weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"weight must have {hidden.shape[-1]} columns of {hidden.dtype} like hidden, "
+            f"got shape {tuple(weight.shape)} of {weight.dtype}"
+        )
+    if targets.dtype != torch.int64 or targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must be int64 of shape {tuple(hidden.shape[:-1])}, got {targets.dtype} of {tuple(targets.shape)}"
+        )
+    used = targets != ignore_index
+    if _checks.known_false(~used | ((targets >= 0) & (targets < weight.shape[0]))):
+        raise ValueError(f"targets must lie in [0, {weight.shape[0]}) or be {ignore_index} (ignore_index)")
+    temperature = _checks.positive_number("temperature", temperature)
+    states, index = hidden.reshape(-1, hidden.shape[-1]), targets.where(used, 0).reshape(-1)
+    scaled_bias = None if bias is None else bias / temperature
+    normalizer = streamed_logsumexp(states, weight, temperature=temperature, bias=scaled_bias, chunk_size=chunk_size)
+    with torch.autocast(hidden.device.type, enabled=False):
+        target_logits = (states * weight[index]).sum(-1, dtype=normalizer.dtype) / temperature
+        if scaled_bias is not None:
+            target_logits = target_logits + scaled_bias[index]
+    return (target_logits - normalizer).reshape(targets.shape).masked_fill(~used, 0)
