@@ -382,18 +382,30 @@ def test_hard_losses_at_one_negative():
     )
 
 
+def pushed(negatives, alpha, mask=None):
+    """Which negatives receive a push from the hard losses; both must agree."""
+    negatives = negatives.clone().requires_grad_()
+    positive = torch.zeros(len(negatives))
+    T.hard_contrastive_loss(positive, negatives, alpha=alpha, mask=mask).backward()
+    hard, negatives.grad = negatives.grad > 0, None
+    T.hard_simple_loss(positive, negatives, alpha=alpha, mask=mask).backward()
+    assert torch.equal(hard, negatives.grad > 0)
+    return hard
+
+
 def test_number_kept_is_guarded_against_rounding():
-    negatives = torch.rand(1, 100)
-    mask = T._hardest(negatives, 0.07, None)
-    assert mask.sum() == 7
-    assert T._hardest(torch.zeros(1, 10), 0.3, None).sum() == 3  # exactly that many, also at ties
+    assert pushed(torch.linspace(0, 0.1, 100)[None], 0.07).sum() == 7
+    assert pushed(torch.linspace(0, 0.1, 101)[None], 0.07, torch.arange(101)[None] < 100).sum() == 7
+    assert pushed(torch.zeros(1, 10), 0.3).sum() == 3  # exactly that many, also at ties
 
 
 def test_hardest_of_the_unmasked():
-    negatives = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.9, 0.8, 0.1, 0.2]])
+    negatives = torch.tensor([[0.2, 0.1, 0.0, 0.05], [0.2, 0.1, 0.0, 0.05]])
     mask = torch.tensor([[False, True, True, True], [False, False, True, True]])
-    kept = T._hardest(negatives, 0.5, mask)  # two of three, one of two
-    assert kept.tolist() == [[False, True, False, True], [False, False, False, True]]
+    assert pushed(negatives, 0.5, mask).tolist() == [  # two of three, one of two
+        [False, True, False, True],
+        [False, False, False, True],
+    ]
 
 
 def test_hard_losses_are_close_at_high_temperature():

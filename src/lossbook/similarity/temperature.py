@@ -506,17 +506,15 @@ def simple_contrastive_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _hardest(negatives: Tensor, alpha: float, mask: Tensor | None) -> Tensor:
-    """The mask of each row's hardest fraction ``alpha`` of the negatives in use, at least one."""
-    alpha = _checks.fraction("alpha", alpha)
-    num = negatives.shape[1]
-    used = torch.tensor([num], device=negatives.device) if mask is None else mask.sum(1)
-    kept = (used * alpha - 1e-9).ceil().clamp(min=1)  # the guard: 0.07 * 100 is 7.000000000000001
-    most = max(1, math.ceil(alpha * num - 1e-9))
-    ranked = negatives if mask is None else negatives.masked_fill(~mask, -torch.inf)
-    order = ranked.topk(most, dim=1).indices
-    keep = (torch.arange(most, device=negatives.device) < kept[:, None]).expand(len(negatives), most)
-    return torch.zeros_like(negatives, dtype=torch.bool).scatter(1, order, keep)
+def _hardest(negatives: Tensor, alpha: float, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Each row's hardest fraction ``alpha`` of the negatives in use, at least one, and the mask of those to use."""
+    alpha, num = _checks.fraction("alpha", alpha), negatives.shape[1]
+    most = max(1, math.ceil(alpha * num - 1e-9))  # the guard: 0.07 * 100 is 7.000000000000001
+    if mask is None:
+        return negatives.topk(most, dim=1).values, None
+    kept = (mask.sum(1, keepdim=True).double() * alpha - 1e-9).ceil().clamp(min=1)
+    hardest = negatives.masked_fill(~mask, -torch.inf).topk(most, dim=1).values
+    return hardest, torch.arange(most, device=mask.device) < kept
 
 
 def hard_contrastive_loss(
@@ -555,8 +553,8 @@ def hard_contrastive_loss(
         tensor(0.9130)
     """
     mask = _pairs(positive, negatives, mask)
-    hardest = _hardest(negatives, alpha, mask)
-    return contrastive_loss(positive, negatives, temperature=temperature, mask=hardest, reduction=reduction)
+    hardest, mask = _hardest(negatives, alpha, mask)
+    return contrastive_loss(positive, hardest, temperature=temperature, mask=mask, reduction=reduction)
 
 
 def hard_simple_loss(
@@ -593,8 +591,8 @@ def hard_simple_loss(
         tensor(0.2000)
     """
     mask = _pairs(positive, negatives, mask)
-    hardest = _hardest(negatives, alpha, mask)
-    return simple_contrastive_loss(positive, negatives, weight=weight, mask=hardest, reduction=reduction)
+    hardest, mask = _hardest(negatives, alpha, mask)
+    return simple_contrastive_loss(positive, hardest, weight=weight, mask=mask, reduction=reduction)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
