@@ -66,12 +66,14 @@ paper: $(INSTALLED)
 notebook: $(INSTALLED)
 	$(BIN)/python book/_tools/run_notebook.py $(NB)
 
-# requirements.txt is what the extras of pyproject.toml resolve to; a local version label (torch's +cpu) is not a pin.
+# requirements.txt is what the extras of pyproject.toml resolve to beside one torch and its torchvision. The libraries of
+# torch's CUDA build, and a local version label such as +cpu, belong to one machine and are not pins.
+TORCH := torch==2.13.0 torchvision==0.28.0
 pins:
 	rm -rf .venv-pins && $(PYTHON) -m venv .venv-pins
-	.venv-pins/bin/python -m pip install --quiet torch==2.13.0
-	.venv-pins/bin/python -m pip install --quiet ".[lab,full,book,test,bench,assign]" jupyterlab ruff
-	.venv-pins/bin/python -m pip freeze --exclude lossbook | sed 's/+[a-z0-9]*$$//' > requirements.txt
+	.venv-pins/bin/python -m pip install --quiet $(TORCH)
+	.venv-pins/bin/python -m pip install --quiet ".[lab,full,book,test,bench,assign]" $(TORCH) jupyterlab ruff
+	.venv-pins/bin/python -m pip freeze --exclude lossbook | sed -e 's/+[a-z0-9]*$$//' -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton/d' > requirements.txt
 	rm -rf .venv-pins
 
 clean:

@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def changed() -> list[Path]:
     """Paths that differ from HEAD or are new, relative to the root; deleted ones left out."""
     commands = (["git", "diff", "--name-only", "HEAD"], ["git", "ls-files", "--others", "--exclude-standard"])
-    names = [subprocess.run(c, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n") for c in commands]
+    names = [
+        subprocess.run(c, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n") for c in commands
+    ]
     return sorted({Path(name) for name in sum(names, []) if name and (ROOT / name).exists()})
 
 
