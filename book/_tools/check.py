@@ -34,7 +34,7 @@ def plan(paths: list[Path]) -> list[list[str]]:
             tests.add(str(path))
         elif parts[0] == "book":
             tests.update(("tests/book/test_registry.py", "tests/book/test_ext.py"))
-            if path.name in ("assignments.py", "grade.py"):
+            if path.name in ("assignments.py", "grade.py", "sandbox.py"):
                 tests.add("tests/assignments")
     module = [sys.executable, "-m"]
     commands = [
