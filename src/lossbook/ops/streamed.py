@@ -6,7 +6,6 @@ are taken a chunk at a time, and the backward pass computes each chunk again ins
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lossbook import _checks
 
@@ -56,7 +55,6 @@ class _StreamedLogSumExp(torch.autograd.Function):
         ctx.save_for_backward(queries, keys, bias, mask, exclude, output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
         queries, keys, bias, mask, exclude, logsumexp = ctx.saved_tensors
         need_queries, need_keys, need_bias = ctx.needs_input_grad[:3]
@@ -102,7 +100,8 @@ def streamed_logsumexp(
 ) -> Tensor:
     r"""Row-wise :math:`\log\sum_k \exp(q_i^\top k_k/\tau_i + b_k)`, without holding the matrix of similarities.
 
-    Differentiable once in ``queries``, ``keys``, ``temperature`` and ``bias``. Products are taken in the inputs' dtype, also
+    Differentiable in ``queries``, ``keys``, ``temperature`` and ``bias``; a second derivative holds the matrix, and there is
+    no forward mode. Products are taken in the inputs' dtype, also
     under autocast; what follows is in float32 or wider.
 
     Args:
@@ -122,8 +121,8 @@ def streamed_logsumexp(
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes do not fit, or the temperature is not finite and positive.
 
-    Complexity: O(BNd) time, two matrix products forward and back as many as the dense computation, and one more;
-    O(chunk_size * N + (B + N) d) memory against O(BN) of the dense computation.
+    Complexity: O(BNd) time: four matrix products of this size, one forward and three backward, where the dense
+    computation takes three; O(chunk_size * N + (B + N) d) memory against O(BN).
 
     Source: the log-partition function of softmax losses; chapter ``similarity/temperature``, eq-temperature-loss.
 
@@ -143,13 +142,15 @@ def streamed_logsumexp(
     temperature = _checks.temperature(temperature, rows)
     if bias is not None and _checks.floating("bias", bias).shape != (num_keys,):
         raise ValueError(f"bias must have shape ({num_keys},), got {tuple(bias.shape)}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows, num_keys)):
-        raise ValueError(f"mask must be bool of shape ({rows}, {num_keys}), got {mask.dtype} of {tuple(mask.shape)}")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.shape != (rows, num_keys):
+            raise ValueError(f"mask must have shape ({rows}, {num_keys}), got {tuple(mask.shape)}")
     if exclude is not None:
-        if exclude.dtype != torch.int64 or exclude.ndim not in (1, 2) or exclude.shape[0] != rows:
-            raise ValueError(
-                f"exclude must be int64 of shape ({rows},) or ({rows}, m), got {exclude.dtype} of {tuple(exclude.shape)}"
-            )
+        _checks.integer("exclude", exclude, ndim=2 if getattr(exclude, "ndim", 1) == 2 else 1)
+        if exclude.shape[0] != rows:
+            raise ValueError(f"exclude must have shape ({rows},) or ({rows}, m), got {tuple(exclude.shape)}")
         if _checks.known_false((exclude >= 0) & (exclude < num_keys)):
             raise ValueError(f"exclude must hold indices in [0, {num_keys}), got {exclude.min()} to {exclude.max()}")
         exclude = exclude.reshape(rows, -1)
@@ -206,10 +207,8 @@ def token_logprobs(
             f"weight must have {hidden.shape[-1]} columns of {hidden.dtype} like hidden, "
             f"got shape {tuple(weight.shape)} of {weight.dtype}"
         )
-    if targets.dtype != torch.int64 or targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"targets must be int64 of shape {tuple(hidden.shape[:-1])}, got {targets.dtype} of {tuple(targets.shape)}"
-        )
+    if _checks.integer("targets", targets, hidden.ndim - 1).shape != hidden.shape[:-1]:
+        raise ValueError(f"targets must have shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
     used = targets != ignore_index
     if _checks.known_false(~used | ((targets >= 0) & (targets < weight.shape[0]))):
         raise ValueError(f"targets must lie in [0, {weight.shape[0]}) or be {ignore_index} (ignore_index)")
