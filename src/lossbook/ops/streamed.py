@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lossbook import _checks
 
-# A chunk of this many similarities stays near the cache on a CPU and fills a GPU.
-_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+# Similarities in a chunk. On a CPU, 32 MiB of float32: the C library gives blocks of this size back to the system, where
+# smaller ones leave gaps that the next chunk may not fit. On a GPU, enough to fill it.
+_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 # Fewer rows than this make the matrix products memory-bound, so wide rows get larger chunks, up to a limit.
-_CHUNK_ROWS, _CHUNK_LIMIT = 256, 2**25
+_CHUNK_ROWS, _CHUNK_LIMIT = 512, 2**25
 
 
 def _chunk_rows(num_keys: int, device: torch.device) -> int:
@@ -20,20 +21,30 @@ def _chunk_rows(num_keys: int, device: torch.device) -> int:
     return max(1, elements // num_keys, min(_CHUNK_ROWS, _CHUNK_LIMIT // num_keys))
 
 
+# The next three work in place: one block a chunk.
+
+
 def _logits(queries: Tensor, keys: Tensor, bias: Tensor | None, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
     """One chunk of the matrix, in float32 or wider, with -inf where a key is not used."""
     logits = (queries @ keys.T).to(torch.promote_types(queries.dtype, torch.float32))
     if bias is not None:
-        logits = logits + bias
+        logits.add_(bias)
     if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
+        logits.masked_fill_(~mask, -torch.inf)
     if exclude is not None:
-        logits = logits.scatter(1, exclude, -torch.inf)
+        logits.scatter_(1, exclude, -torch.inf)
     return logits
 
 
-def _softmax(logits: Tensor, logsumexp: Tensor) -> Tensor:
-    """``exp(logits - logsumexp)`` by row, and zero in a row without keys, where both are -inf."""
+def _logsumexp_(logits: Tensor) -> Tensor:
+    """Log-sum-exp by row, and -inf in a row without keys; overwrites ``logits``."""
+    largest = logits.amax(dim=1, keepdim=True)
+    largest = largest.masked_fill(largest == -torch.inf, 0)
+    return logits.sub_(largest).exp_().sum(dim=1).log() + largest.squeeze(1)
+
+
+def _softmax_(logits: Tensor, logsumexp: Tensor) -> Tensor:
+    """``exp(logits - logsumexp)`` by row, and zero in a row without keys, where both are -inf; overwrites ``logits``."""
     return logits.sub_(logsumexp.masked_fill(logsumexp == -torch.inf, 0)[:, None]).exp_()
 
 
@@ -46,7 +57,7 @@ class _StreamedLogSumExp(torch.autograd.Function):
         for start in range(0, queries.shape[0], chunk_rows):
             rows_of = _slicer(start, chunk_rows)
             logits = _logits(rows_of(queries), keys, bias, rows_of(mask), rows_of(exclude))
-            rows.append(torch.logsumexp(logits, dim=1))
+            rows.append(_logsumexp_(logits))
         return torch.cat(rows)
 
     @staticmethod
@@ -62,14 +73,15 @@ class _StreamedLogSumExp(torch.autograd.Function):
         for start in range(0, queries.shape[0], ctx.chunk_rows):
             rows_of = _slicer(start, ctx.chunk_rows)
             q, grad = rows_of(queries), rows_of(grad_output)
-            softmax = _softmax(_logits(q, keys, bias, rows_of(mask), rows_of(exclude)), rows_of(logsumexp))
+            softmax = _softmax_(_logits(q, keys, bias, rows_of(mask), rows_of(exclude)), rows_of(logsumexp))
             if need_bias:
-                grad_bias = _added(grad_bias, grad @ softmax)
+                part = grad @ softmax
+                grad_bias = part if grad_bias is None else grad_bias + part
             softmax = softmax.to(q.dtype)
             if need_queries:
                 grad_queries.append((softmax @ keys) * grad[:, None].to(q.dtype))
             if need_keys:
-                grad_keys = _added(grad_keys, (softmax.T @ (q * grad[:, None].to(q.dtype))).to(grad.dtype))
+                grad_keys = _accumulated(grad_keys, softmax.T, q * grad[:, None].to(q.dtype), grad.dtype)
         return (
             torch.cat(grad_queries) if need_queries else None,
             grad_keys.to(keys.dtype) if need_keys else None,
@@ -84,8 +96,11 @@ def _slicer(start: int, rows: int):
     return lambda tensor: None if tensor is None else tensor[start : start + rows]
 
 
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)
+def _accumulated(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + a @ b`` in ``dtype``; where that is the factors' own, the product is added as it is made."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
 
 
 def streamed_logsumexp(
