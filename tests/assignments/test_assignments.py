@@ -518,7 +518,11 @@ def test_plain_values_pass_unchanged():
     assert math.isnan(sandbox.decode(json.loads(json.dumps(sandbox.encode(math.nan)))))
 
 
-@pytest.mark.parametrize("value", [object(), {1: 2}, {1}, 1j, [torch], torch.tensor(1j), np.array(["a"])], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [object(), {1: 2}, {1}, 1j, [torch], torch.tensor(1j), np.array(["a"])],
+    ids=lambda value: type(value).__name__,
+)
 def test_other_values_do_not_pass(value):
     with pytest.raises((TypeError, ValueError)):
         sandbox.decode(json.loads(json.dumps(sandbox.encode(value))))

@@ -36,12 +36,14 @@ def test_full_profile_trains_with_the_memory_bank(monkeypatch):
         exec(cell.source, names)
         if "SIZES" in cell.source:
             assert names["size"] is names["SIZES"]["full"]
-            names["size"] |= dict(epochs=2, batch=20, bank=8, seeds=2, backbone=lambda: lab.ResNet(3, None, width=8))
+            names["size"] |= dict(
+                epochs=2, batch=20, bank=8, seeds=(0, 1), backbone=lambda: lab.ResNet(3, None, width=8)
+            )
             names["size"] |= dict(head=lambda: lab.MLP([64, 32, 16]))
         if "measured" in names:
             break
     torch.set_num_threads(threads)
-    assert set(names["measured"]) == {(name, seed) for name in names["losses"] for seed in (0, 1)}
+    assert set(names["measured"]) == {(name, seed) for name in (*names["losses"], "pixels") for seed in (0, 1)}
     for result in names["measured"].values():
         assert all(torch.tensor(value).isfinite().all() for value in result.values())
     # Training moves the encoder, and each loss moves it elsewhere.
