@@ -624,7 +624,10 @@ def test_bad_values_name_the_argument(call, name):
         (lambda: G.groco_loss(P, N, mask=N), "mask"),
         (lambda: G.groco_loss(P, N, num_negatives=True), "num_negatives"),
         (lambda: G.groco_multi_view_loss(V.long()), "views"),
+        (lambda: G.groco_loss(P, N.double()), "positive"),
+        (lambda: G.order_accuracy(P, N.double()), "positive"),
         (lambda: G.top_k_nt_xent_loss(V[0].long(), V[0]), "view1"),
+        (lambda: G.top_k_nt_xent_loss(V[0], V[0].double()), "view2"),
     ],
 )
 def test_bad_types_name_the_argument(call, name):

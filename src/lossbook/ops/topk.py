@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lossbook import _checks
 from lossbook.ops.streamed import _chunk_rows
@@ -30,7 +29,6 @@ class _StreamedTopK(torch.autograd.Function):
         ctx.save_for_backward(queries, keys, output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_values, _):
         queries, keys, indices = ctx.saved_tensors
         grad_queries, grad_keys = [], torch.zeros_like(keys) if ctx.needs_input_grad[1] else None
@@ -55,7 +53,7 @@ def streamed_topk(
 ) -> tuple[Tensor, Tensor]:
     r"""The k largest :math:`q_i^\top k_j` of each row i, in descending order, and their indices j.
 
-    Differentiable once in ``queries`` and ``keys``. Products are taken in the inputs' dtype, also under autocast.
+    Differentiable in ``queries`` and ``keys``; there is no forward mode. Products are taken in the inputs' dtype, also under autocast.
 
     Args:
         queries: shape ``(B, d)``, floating point. Not normalized here.
@@ -92,15 +90,15 @@ def streamed_topk(
         )
     left = num_keys
     if exclude is not None:
-        if exclude.dtype != torch.int64 or exclude.ndim not in (1, 2) or exclude.shape[0] != rows:
-            raise ValueError(
-                f"exclude must be int64 of shape ({rows},) or ({rows}, m), got {exclude.dtype} of {tuple(exclude.shape)}"
-            )
+        _checks.integer("exclude", exclude, ndim=2 if getattr(exclude, "ndim", 1) == 2 else 1)
+        if exclude.shape[0] != rows:
+            raise ValueError(f"exclude must have shape ({rows},) or ({rows}, m), got {tuple(exclude.shape)}")
         if _checks.known_false((exclude >= 0) & (exclude < num_keys)):
             raise ValueError(f"exclude must hold indices in [0, {num_keys}), got {exclude.min()} to {exclude.max()}")
         exclude = exclude.reshape(rows, -1)
         left -= exclude.shape[1]
-    if _checks.positive_int("k", k) > left:
+    k = _checks.positive_int("k", k)
+    if k > left:
         raise ValueError(f"k must be at most {left}, the number of keys left, got {k}")
     chunk_rows = _chunk_rows(num_keys, queries.device) if chunk_size is None else chunk_size
     _checks.positive_int("chunk_size", chunk_rows)

@@ -307,6 +307,17 @@ def group_log_probabilities(
     return blocks
 
 
+def _check_pairs(positive: Tensor, negative: Tensor) -> None:
+    _checks.floating("negative", negative, 2)
+    _checks.floating("positive", positive, 2)
+    if positive.dtype != negative.dtype:
+        raise TypeError(f"positive must have the dtype of negative, {negative.dtype}, got {positive.dtype}")
+    if len(positive) != len(negative):
+        raise ValueError(
+            f"positive must have {len(negative)} rows, one for each row of negative, got shape {tuple(positive.shape)}"
+        )
+
+
 def groco_loss(
     positive: Tensor,
     negative: Tensor,
@@ -345,12 +356,7 @@ def groco_loss(
         >>> groco_loss(torch.tensor([[0.6]]), torch.tensor([[0.2, -0.5]]), num_negatives=1)
         tensor(0.4762)
     """
-    _checks.floating("positive", positive, 2)
-    _checks.floating("negative", negative, 2)
-    if len(positive) != len(negative):
-        raise ValueError(
-            f"positive must have {len(negative)} rows, one for each row of negative, got shape {tuple(positive.shape)}"
-        )
+    _check_pairs(positive, negative)
     mask = _checks.boolean_mask("mask", mask, negative.shape)
     k = _checks.positive_int("num_negatives", num_negatives)
     if k > negative.shape[1]:
@@ -484,8 +490,7 @@ def top_k_nt_xent_loss(
         tensor(0.2395)
     """
     _checks.floating("view1", view1, 2)
-    _checks.floating("view2", view2, 2)
-    _checks.same_shape("view2", view2, "view1", view1)
+    _checks.like("view2", view2, "view1", view1, 2)
     rows = len(view1)
     if _checks.positive_int("num_negatives", num_negatives) > 2 * rows - 2:
         raise ValueError(f"num_negatives must be at most 2B - 2 = {2 * rows - 2}, got {num_negatives}")
@@ -517,10 +522,5 @@ def order_accuracy(positive: Tensor, negative: Tensor) -> Tensor:
         >>> order_accuracy(torch.tensor([[0.6], [0.6]]), torch.tensor([[0.8, 0.2], [0.5, 0.2]]))
         tensor(0.5000)
     """
-    _checks.floating("positive", positive, 2)
-    _checks.floating("negative", negative, 2)
-    if len(positive) != len(negative):
-        raise ValueError(
-            f"positive must have {len(negative)} rows, one for each row of negative, got shape {tuple(positive.shape)}"
-        )
+    _check_pairs(positive, negative)
     return (positive.amin(1) > negative.amax(1)).to(positive.dtype).mean()
