@@ -297,10 +297,13 @@ def group_log_probabilities(
     never = torch.finfo(x.dtype).min / 8
     blocks = torch.stack([is_negative, ~is_negative], dim=1).to(x.dtype)
     blocks = ((1 - blocks) * never).expand(len(x), n, 2)
-    log_comparator = _LOG_COMPARATORS[distribution]
-    for layer, difference in zip(reversed(layers), reversed(differences), strict=True):
+    gates = torch.cat([difference.flatten(1) for difference in differences], dim=1)
+    log_stay, log_swap = (
+        _LOG_COMPARATORS[distribution](v).split([d[0].numel() for d in differences], dim=1) for v in (gates, -gates)
+    )
+    for layer, stay, swap in zip(layers[::-1], log_stay[::-1], log_swap[::-1], strict=True):
         before, low, high, after = _split(blocks, layer)
-        stay, swap = log_comparator(difference)[..., None], log_comparator(-difference)[..., None]
+        stay, swap = (v.reshape(*low.shape[:3], 1) for v in (stay, swap))
         blocks = _join(
             before, torch.logaddexp(stay + low, swap + high), torch.logaddexp(swap + low, stay + high), after, layer
         )
@@ -428,17 +431,24 @@ def groco_multi_view_loss(
     keys = views.detach() if stop_gradient else views
     own = ops.local_rows(rows, views.device) if distributed else torch.arange(rows, device=views.device)
     losses = []
-    for v in range(num_views):
-        others = ops.gather(keys[v]) if distributed else keys[v]
-        if _checks.positive_int("num_negatives", num_negatives) >= len(others):
-            raise ValueError(
-                f"num_negatives must be less than the number of images, {len(others)}, got {num_negatives}"
-            )
-        hardest, _ = ops.streamed_topk(views[v], others, num_negatives, exclude=own, chunk_size=chunk_size)
-        positive = torch.stack([(views[v] * keys[w]).sum(1) for w in range(as_positive) if w != v], dim=1)
-        options = dict(num_negatives=num_negatives, steepness=steepness, distribution=distribution)
-        losses.append(groco_loss(positive, hardest, **options, reduction="none"))
-    return _checks.reduced(torch.stack(losses), reduction)
+    for group in (
+        range(as_positive),
+        range(as_positive, num_views),
+    ):  # the anchors of a group have equally many positives
+        if not group:
+            continue
+        hardest, positive = [], []
+        for v in group:
+            others = ops.gather(keys[v]) if distributed else keys[v]
+            if _checks.positive_int("num_negatives", num_negatives) >= len(others):
+                raise ValueError(
+                    f"num_negatives must be less than the number of images, {len(others)}, got {num_negatives}"
+                )
+            hardest.append(ops.streamed_topk(views[v], others, num_negatives, exclude=own, chunk_size=chunk_size)[0])
+            positive.append(torch.stack([(views[v] * keys[w]).sum(1) for w in range(as_positive) if w != v], dim=1))
+        options = dict(num_negatives=num_negatives, steepness=steepness, distribution=distribution, reduction="none")
+        losses.append(groco_loss(torch.cat(positive), torch.cat(hardest), **options).unflatten(0, (-1, rows)))
+    return _checks.reduced(torch.cat(losses), reduction)
 
 
 def _unit_rows(x: Tensor) -> Tensor:
