@@ -6,7 +6,7 @@ from pathlib import Path
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
-PIECES = ("figures", "launch", "cards", "ledger", "bench_tables", "front")
+PIECES = ("figures", "launch", "cards", "ledger", "bench_tables", "front", "listing")
 
 
 def _forget_failed_build(app: Sphinx, exception: Exception | None) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 
+import listing
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
@@ -378,3 +379,10 @@ def test_source_role_links_to_a_file_that_is_there(book):
     assert links(tree)["_config.yml"] == "https://github.com/some/book/blob/trunk/_config.yml" and warnings == ""
     _, warnings = book("{source}`gone.py`")
     assert "source: no file 'gone.py'" in warnings
+
+
+def test_listing_leaves_the_docstring_out():
+    source = 'def f(x):\n    """What f does.\n\n    More.\n    """\n    return x  # as it is\n'
+    assert listing.without_docstring(source) == "def f(x):\n    return x  # as it is\n"
+    for other in ("def f(x):\n    return x\n", "x = 1\n", "not python (", ""):
+        assert listing.without_docstring(other) == other
