@@ -325,8 +325,8 @@ class _IndividualTemperatures(nn.Module):
         r"""The running means :math:`s_i` themselves; they overflow where :math:`\tau` is small, and their logarithms do not."""
         return self.log_inner.exp()
 
-    def _checked(self, names: tuple[str, str], first: Tensor, second: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch with unit rows."""
+    def _loss(self, names: tuple[str, str], first: Tensor, second: Tensor, index: Tensor) -> Tensor:
+        """The objective at the running means, with the gradient of the estimator; in training the state moves."""
         _checks.floating(names[0], first, 2)
         _checks.same_shape(names[1], _checks.floating(names[1], second, 2), names[0], first)
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != first.shape[:1]:
@@ -334,37 +334,43 @@ class _IndividualTemperatures(nn.Module):
             raise ValueError(f"index must be int64 of shape ({len(first)},), one sample for each row, got {got}")
         if _checks.known_false((index >= 0) & (index < self.num_samples)):
             raise ValueError(f"index must lie in [0, {self.num_samples}), got {index.min()} to {index.max()}")
-        return _unit_rows(first), _unit_rows(second)
-
-    def _everyone(self, *tensors: Tensor) -> list[Tensor]:
-        """The batches of all processes."""
-        return [ops.gather(tensor) if self.distributed else tensor for tensor in tensors]
-
-    def _own_rows(self, rows: int, device: torch.device) -> Tensor:
-        return ops.local_rows(rows, device) if self.distributed else torch.arange(rows, device=device)
-
-    def _temperatures(self, slot: Tensor, like: Tensor) -> Tensor:
-        """The anchors' temperatures, as a leaf of the graph."""
-        return self.temperature.view(-1)[slot].to(like.dtype).requires_grad_(self.training)
-
-    def _energy(self, log_mean: Tensor, tau: Tensor, slot: Tensor) -> Tensor:
-        r"""Each anchor's :math:`\tau(\log s+\rho)`, with the gradient of eq-isogclr-estimator; in training the state moves."""
-        mean = log_mean.detach()
-        old = self.log_inner.view(-1)[slot].to(mean.dtype)
-        keep = math.log1p(-self.gamma) if self.gamma < 1 else -math.inf
-        inner = torch.where(old == -torch.inf, mean, torch.logaddexp(old + keep, mean + math.log(self.gamma)))
-        log_inner = inner + (mean - inner).exp() * (log_mean - mean)  # its gradient is that of the batch's mean, over s
-        energy = tau * (log_inner + self.rho) if self.individual else tau * log_inner
+        rows = [_unit_rows(first), _unit_rows(second)]
+        needed = self.training or torch.is_grad_enabled()
+        with torch.set_grad_enabled(needed), torch.autocast(first.device.type, enabled=False):
+            leaves = [x.detach().requires_grad_() for x in rows]
+            slot = self._slots(index)
+            tau = self.temperature.view(-1)[slot].to(rows[0].dtype).requires_grad_()
+            log_mean, positive = self._log_mean(*leaves, index, tau)
+            mean = log_mean.detach()
+            inner = self._running_mean(slot, mean)
+            # The value is log s, the gradient that of the batch's mean over s.
+            log_inner = inner + (mean - inner).exp() * (log_mean - mean)
+            loss = tau * (log_inner + (self.rho if self.individual else 0.0)) - positive
+            # One backward pass gives the gradients of the temperatures, needed now, and those of the rows, kept for later.
+            gradients = torch.autograd.grad(loss.sum(), [*leaves, tau]) if needed else []
         if self.training:
-            with torch.autocast(tau.device.type, enabled=False):
-                (gradient,) = torch.autograd.grad(energy.sum(), tau, retain_graph=True)
-            self._step(slot, inner, gradient)
-        return energy
+            self._step(slot, inner, gradients[2])
+        linear = sum(((x - x.detach()) * g).sum() for x, g in zip(rows, gradients[:2], strict=False))
+        return (loss.detach().sum() + linear) / len(index)
+
+    def _running_mean(self, slot: Tensor, log_mean: Tensor) -> Tensor:
+        r""":math:`\log s`, the old mean mixed with the batch's; an anchor that is new takes the batch's."""
+        old = self.log_inner.view(-1)[slot].to(log_mean.dtype)
+        keep = math.log1p(-self.gamma) if self.gamma < 1 else -math.inf
+        return torch.where(old == -torch.inf, log_mean, torch.logaddexp(old + keep, log_mean + math.log(self.gamma)))
+
+    def _batch(self, index: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor, int, list[Tensor]]:
+        """For each anchor its own sample's rows, the logarithm of the number of others, the number of all, and the rows of all processes."""
+        everyone, *rows = (ops.gather(x) if self.distributed else x for x in (index, *rows))
+        own = ops.local_rows(len(index), index.device) if self.distributed else slice(None)
+        same, count = (x[own] for x in _same_sample(everyone))
+        return same, (len(everyone) - count).to(rows[0].dtype).log(), len(everyone), rows
 
     @torch.no_grad()
     def _step(self, slot: Tensor, inner: Tensor, gradient: Tensor) -> None:
         """Store the running means and, after the warm-up, move the temperatures; an anchor that comes twice counts by its mean."""
-        slot, inner, gradient = self._everyone(slot, inner, gradient)
+        if self.distributed:
+            slot, inner, gradient = (ops.gather(x) for x in (slot, inner, gradient))
         used, group, counts = slot.unique(return_inverse=True, return_counts=True)
         top = inner.new_full(used.shape, -torch.inf).scatter_reduce(0, group, inner, "amax")
         mean = inner.new_zeros(used.shape).index_add(0, group, (inner - top[group]).exp()) / counts
@@ -421,7 +427,7 @@ class ISogCLRLoss(_IndividualTemperatures):
     Example:
         >>> loss_fn = ISogCLRLoss(num_samples=100)
         >>> x, index = torch.eye(4), torch.tensor([3, 14, 15, 92])
-        >>> loss_fn(x, x, index).detach()  # 2 (0.1 (log 1 + 0.3) - 1)
+        >>> loss_fn(x, x, index)  # 2 (0.1 (log 1 + 0.3) - 1)
         tensor(-1.9400)
         >>> loss_fn.temperature[[3, 5]]  # the gradient was log 1 + 0.3 - 0; sample 5 was not there
         tensor([0.0955, 0.1000])
@@ -463,22 +469,21 @@ class ISogCLRLoss(_IndividualTemperatures):
         Raises:
             TypeError, ValueError: for a wrong type, shape or index, naming the argument.
         """
-        view1, view2 = self._checked(("view1", "view2"), view1, view2, index)
-        with torch.set_grad_enabled(self.training or torch.is_grad_enabled()):
-            first, second, everyone = self._everyone(view1, view2, index)
-            own, count = (x[self._own_rows(len(index), index.device)] for x in _same_sample(everyone))
-            slot = index.repeat(2)
-            tau = self._temperatures(slot, view1)
-            total = ops.streamed_logsumexp(
-                torch.cat([view1, view2]),
-                torch.cat([first, second]),
-                temperature=tau,
-                exclude=torch.cat([own, own + len(everyone)], dim=1).repeat(2, 1),
-                chunk_size=self.chunk_size,
-            )
-            log_mean = total - (2 * (len(everyone) - count)).to(total.dtype).log().repeat(2)
-            both_views = self._energy(log_mean, tau, slot).unflatten(0, (2, -1)).sum(0)
-            return (both_views - 2 * (view1 * view2).sum(1)).mean()
+        return self._loss(("view1", "view2"), view1, view2, index)
+
+    def _slots(self, index: Tensor) -> Tensor:
+        return index.repeat(2)
+
+    def _log_mean(self, view1: Tensor, view2: Tensor, index: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        same, log_count, total, views = self._batch(index, view1, view2)
+        negatives = ops.streamed_logsumexp(
+            torch.cat([view1, view2]),
+            torch.cat(views),
+            temperature=tau,
+            exclude=torch.cat([same, same + total], dim=1).repeat(2, 1),
+            chunk_size=self.chunk_size,
+        )
+        return negatives - math.log(2) - log_count.repeat(2), (view1 * view2).sum(1).repeat(2)
 
 
 class BimodalISogCLRLoss(_IndividualTemperatures):
@@ -509,7 +514,7 @@ class BimodalISogCLRLoss(_IndividualTemperatures):
     Example:
         >>> loss_fn = BimodalISogCLRLoss(num_samples=100)
         >>> x = torch.eye(4)
-        >>> loss_fn(x, x, torch.arange(4)).detach()  # 2 (0.01 (-100 + 6))
+        >>> loss_fn(x, x, torch.arange(4))  # 2 (0.01 (-100 + 6))
         tensor(-1.8800)
         >>> loss_fn.temperature.shape
         torch.Size([2, 100])
@@ -551,16 +556,16 @@ class BimodalISogCLRLoss(_IndividualTemperatures):
         Raises:
             TypeError, ValueError: for a wrong type, shape or index, naming the argument.
         """
-        image, text = self._checked(("image", "text"), image, text, index)
-        with torch.set_grad_enabled(self.training or torch.is_grad_enabled()):
-            images, texts, everyone = self._everyone(image, text, index)
-            own, count = (x[self._own_rows(len(index), index.device)] for x in _same_sample(everyone))
-            slot = torch.cat([index, index + self.num_samples])
-            tau = self._temperatures(slot, image)
-            total = torch.cat([
-                ops.streamed_logsumexp(anchor, others, temperature=t, exclude=own, chunk_size=self.chunk_size)
-                for anchor, others, t in zip((image, text), (texts, images), tau.chunk(2), strict=True)
-            ])  # fmt: skip
-            log_count = (len(everyone) - count).to(total.dtype).log().repeat(2)
-            log_mean = total - log_count - (image * text).sum(1).repeat(2) / tau
-            return self._energy(log_mean, tau, slot).unflatten(0, (2, -1)).sum(0).mean()
+        return self._loss(("image", "text"), image, text, index)
+
+    def _slots(self, index: Tensor) -> Tensor:
+        return torch.cat([index, index + self.num_samples])
+
+    def _log_mean(self, image: Tensor, text: Tensor, index: Tensor, tau: Tensor) -> tuple[Tensor, float]:
+        same, log_count, _, (images, texts) = self._batch(index, image, text)
+        negatives = [
+            ops.streamed_logsumexp(anchors, others, temperature=t, exclude=same, chunk_size=self.chunk_size)
+            for anchors, others, t in zip((image, text), (texts, images), tau.chunk(2), strict=True)
+        ]
+        positive = (image * text).sum(1).repeat(2) / tau
+        return torch.cat(negatives) - log_count.repeat(2) - positive, 0.0
