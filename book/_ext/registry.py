@@ -174,29 +174,20 @@ def _toc(root: Path) -> str:
         sections = {"sections": [document(paper.lab)]} if paper.exists("lab") else {}
         return document(paper.chapter) | sections
 
-    groups = [("Start here", [document("book/how-to-use"), document("book/notation")])]
+    groups = [{"caption": "Start here", "chapters": [document("book/how-to-use"), document("book/notation")]}]
     for part in load(root):
         if ready := [chapter(paper) for paper in part.papers if paper.ready]:
-            groups.append((part.title, ready))
-    groups.append(
-        ("The course", [document(f"book/{page}") for page in ("papers", "ledger", "benchmarks", "instructors")])
-    )
+            groups.append({"caption": part.title, "numbered": 1, "chapters": ready})  # Theorem 3.1 is of chapter 3
+    course = [document(f"book/{page}") for page in ("papers", "ledger", "benchmarks", "instructors")]
+    groups.append({"caption": "The course", "chapters": course})
     api = ["ops", "lab"] + [part.part for part in load(root) if any(paper.exists("module") for paper in part.papers)]
-    groups.append(
-        (
-            "Reference",
-            [
-                document("book/api/index") | {"sections": [document(f"book/api/{page}") for page in api]},
-                document("book/hub"),
-                document("book/references"),
-            ],
-        )
-    )
-    toc = {
-        "format": "jb-book",
-        "root": "book/index",
-        "parts": [{"caption": caption, "chapters": chapters} for caption, chapters in groups],
-    }
+    reference = [
+        document("book/api/index") | {"sections": [document(f"book/api/{page}") for page in api]},
+        document("book/hub"),
+        document("book/references"),
+    ]
+    groups.append({"caption": "Reference", "chapters": reference})
+    toc = {"format": "jb-book", "root": "book/index", "parts": groups}
     header = "# Made from book/papers.yml by `python book/_ext/registry.py write`.\n"
     return header + yaml.safe_dump(toc, sort_keys=False, allow_unicode=True, width=120)
 

@@ -1,6 +1,7 @@
 """Argument checks that the papers' modules share. Each error names the argument, what came and what is needed."""
 
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -35,15 +36,30 @@ def floating(name: str, value: Tensor, ndim: int | None = None) -> Tensor:
     return value
 
 
-def same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Check that two tensors have one shape."""
+def integer(name: str, value: Tensor, ndim: int) -> Tensor:
+    """``value``, if it is an int64 tensor with ``ndim`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor, got {value.dtype}")
+    if value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}")
+    return value
+
+
+def like(name: str, value: Tensor, other_name: str, other: Tensor, ndim: int) -> Tensor:
+    """``value``, if it is a floating-point tensor with ``ndim`` dimensions, and of the shape and dtype of ``other``."""
+    floating(name, value, ndim)
     if value.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {value.dtype}")
+    return value
 
 
 def positive_number(name: str, value: float) -> float:
     """``value`` as a float, if it is finite and greater than zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be finite and > 0, got {value}")
@@ -51,12 +67,12 @@ def positive_number(name: str, value: float) -> float:
 
 
 def positive_int(name: str, value: int, minimum: int = 1) -> int:
-    """``value``, if it is an integer of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """``value`` as an int, if it is an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
+    return int(value)
 
 
 def fraction(name: str, value: float) -> float:
@@ -66,14 +82,15 @@ def fraction(name: str, value: float) -> float:
     return float(value)
 
 
-def temperature(value: float | Tensor, rows: int, name: str = "temperature") -> float | Tensor:
-    """A temperature for ``rows`` rows: a float, or a tensor of shape ``()`` or ``(rows,)``; finite and > 0."""
+def temperature(value: float | Tensor, rows: int | None = None, name: str = "temperature") -> float | Tensor:
+    """A temperature: a float, or a tensor of shape ``()``, or ``(rows,)`` where there is one for each row; finite, > 0."""
     if not isinstance(value, Tensor):
         return positive_number(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
-    if value.shape not in (torch.Size([]), torch.Size([rows])):
-        raise ValueError(f"{name} must have shape () or ({rows},), got {tuple(value.shape)}")
+    if value.ndim and value.shape != (rows,):
+        shapes = "()" if rows is None else f"() or ({rows},)"
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(value.shape)}")
     if known_false(torch.isfinite(value) & (value > 0)):
         raise ValueError(f"{name} must be finite and > 0 everywhere, got {value.detach()}")
     return value

@@ -28,9 +28,82 @@ import assignments
 
 ROOT = registry.ROOT
 SECONDS, MEGABYTES = 8, 1500
-POINTS = {"temperature_bound": 2, "temperature_gradients": 3, "temperature_penalty": 2, "temperature_share": 3}
+POINTS = {
+    "groco_layer": 3,
+    "groco_loss": 2,
+    "groco_turning": 2,
+    "temperature_bound": 2,
+    "temperature_gradients": 3,
+    "temperature_penalty": 2,
+    "temperature_share": 3,
+}
+FUNCTIONS = {
+    "groco_layer": "soft_layer",
+    "groco_loss": "group_loss",
+    "groco_turning": "turning_distance",
+    "temperature_bound": "smallest_loss",
+    "temperature_gradients": "loss_and_gradients",
+    "temperature_penalty": "relative_penalty",
+    "temperature_share": "temperature_for_share",
+}
+ALL = sum(POINTS.values())
+# Questions are graded in the order of their names, so these count although the next one never ends.
+BEFORE_PENALTY = sum(points for question, points in POINTS.items() if question < "temperature_penalty")
+NOTHING_RIGHT = " = ".join(FUNCTIONS.values()) + " = lambda *args: 1.0"
+EVERY_QUESTION = ".*".join(sorted(POINTS))
 
 WRONG = {
+    "groco_layer": {
+        "logistic": """
+            low, high = slice(first, x.shape[1] - 1, 2), slice(first + 1, x.shape[1], 2)
+            stay = torch.sigmoid(steepness * (x[:, high] - x[:, low]))
+            x, q, a, b, c, d = x.clone(), q.clone(), x[:, low], x[:, high], q[:, :, low], q[:, :, high]
+            x[:, low], x[:, high], stay_q = stay * a + (1 - stay) * b, (1 - stay) * a + stay * b, stay[:, None]
+            q[:, :, low], q[:, :, high] = stay_q * c + (1 - stay_q) * d, (1 - stay_q) * c + stay_q * d
+            return x, q""",
+        "one_after_the_other": """
+            x, q = x.clone(), q.clone()
+            for low in range(first, x.shape[1] - 1, 2):
+                stay = 0.5 + torch.atan(steepness * (x[:, low + 1] - x[:, low])) / torch.pi
+                x[:, low] = stay * x[:, low] + (1 - stay) * x[:, low + 1]
+                x[:, low + 1] = (1 - stay) * x[:, low] + stay * x[:, low + 1]
+                q[:, :, low] = stay[:, None] * q[:, :, low] + (1 - stay[:, None]) * q[:, :, low + 1]
+                q[:, :, low + 1] = (1 - stay[:, None]) * q[:, :, low] + stay[:, None] * q[:, :, low + 1]
+            return x, q""",
+        "rows_of_the_shares": """
+            low, high = slice(first, x.shape[1] - 1, 2), slice(first + 1, x.shape[1], 2)
+            stay = 0.5 + torch.atan(steepness * (x[:, high] - x[:, low])) / torch.pi
+            x, q, a, b, c, d = x.clone(), q.clone(), x[:, low], x[:, high], q[:, low], q[:, high]
+            x[:, low], x[:, high], stay_q = stay * a + (1 - stay) * b, (1 - stay) * a + stay * b, stay[:, :, None]
+            q[:, low], q[:, high] = stay_q * c + (1 - stay_q) * d, (1 - stay_q) * c + stay_q * d
+            return x, q""",
+        "forgets_steepness": """
+            low, high = slice(first, x.shape[1] - 1, 2), slice(first + 1, x.shape[1], 2)
+            stay = 0.5 + torch.atan(x[:, high] - x[:, low]) / torch.pi
+            x, q, a, b, c, d = x.clone(), q.clone(), x[:, low], x[:, high], q[:, :, low], q[:, :, high]
+            x[:, low], x[:, high], stay_q = stay * a + (1 - stay) * b, (1 - stay) * a + stay * b, stay[:, None]
+            q[:, :, low], q[:, :, high] = stay_q * c + (1 - stay_q) * d, (1 - stay_q) * c + stay_q * d
+            return x, q""",
+    },
+    "groco_loss": {
+        "sums_over_the_inputs": """
+            on_first = q[:, :k].sum(1)
+            return -torch.cat([on_first[:, :k], 1 - on_first[:, k:]], dim=1).log().mean(1)""",
+        "positives_only": "return -q[:, k:, k:].sum(2).log().mean(1)",
+        "one_rank_each": "return -q.diagonal(dim1=1, dim2=2).log().mean(1)",
+        "sum_over_the_inputs": """
+            own = torch.cat([q[:, :k, :k].sum(2), q[:, k:, k:].sum(2)], dim=1)
+            return -own.log().sum(1)""",
+        "loses_its_digits": """
+            on_first = q[:, :, :k].sum(2)
+            return -torch.cat([on_first[:, :k], 1 - on_first[:, k:]], dim=1).log().mean(1)""",
+    },
+    "groco_turning": {
+        "forgets_steepness": "return 1.2784645427610738",
+        "minus_the_distance": "return scipy.optimize.brentq(lambda u: 1 + np.exp(u) + u, -2, -1) / steepness",
+        "times_steepness": "return 1.2784645427610738 * steepness",
+        "few_digits": "return 1.2784 / steepness",
+    },
     "temperature_penalty": {
         "overflows": """
             weights = torch.exp(negatives / temperature)
@@ -90,12 +163,6 @@ WRONG = {
             return (torch.logsumexp(logits, dim=1) - logits[:, 0]).mean(), -push.sum(dim=1), push""",
     },
 }
-FUNCTIONS = {
-    "temperature_bound": "smallest_loss",
-    "temperature_gradients": "loss_and_gradients",
-    "temperature_penalty": "relative_penalty",
-    "temperature_share": "temperature_for_share",
-}
 
 # Cells put before the answers (HOSTILE) and after them (HOSTILE_AFTER): code, status, what the reason says, total.
 # PRECIOUS stands for a folder outside of the submission's own.
@@ -105,57 +172,57 @@ HOSTILE = {
     "exits_hard": ("import os\nos._exit(0)", "ended", "exit code 0", 0),
     "aborts": ("import os\nos.abort()", "ended", "SIGABRT", 0),
     "hangs_up": ("import os\nos.closerange(3, 1000)", "ended", "its process ended", 0),
-    "exits": ("import sys\nsys.exit()", "graded", "code cell 1: SystemExit", 10),
-    "raises": ("1 / 0", "graded", "code cell 1: ZeroDivisionError: division by zero", 10),
-    "is_no_python": ("def f(:", "graded", "code cell 1: SyntaxError", 10),
-    "asks": ("input()", "graded", "code cell 1: EOFError|code cell 1: StdinNotImplementedError", 10),
-    "allocates": ("hoard = []\nwhile True: hoard.append(bytes(10**7))", "graded", "code cell 1: MemoryError", 10),
+    "exits": ("import sys\nsys.exit()", "graded", "code cell 1: SystemExit", ALL),
+    "raises": ("1 / 0", "graded", "code cell 1: ZeroDivisionError: division by zero", ALL),
+    "is_no_python": ("def f(:", "graded", "code cell 1: SyntaxError", ALL),
+    "asks": ("input()", "graded", "code cell 1: EOFError|code cell 1: StdinNotImplementedError", ALL),
+    "allocates": ("hoard = []\nwhile True: hoard.append(bytes(10**7))", "graded", "code cell 1: MemoryError", ALL),
     "allocates_crumbs": (
         "hoard = []\nwhile True: hoard.append(bytes(2000))",
         "graded|ended",
         "code cell 1: MemoryError",
         0,
     ),
-    "allocates_tensors": ("import torch\ntorch.ones(10**10)", "graded", "code cell 1: RuntimeError.*memory", 10),
-    "fills_the_disk": ("with open('big', 'wb') as f: f.write(bytes(10**8))", "graded", "OSError.*File too large", 10),
-    "deletes": ("import shutil\nshutil.rmtree('PRECIOUS')", "graded", r"PermissionError.*\(os", 10),
-    "deletes_upwards": ("import os\nos.chdir('PRECIOUS')\nos.remove('file.txt')", "graded", r"\(os.remove\)", 10),
-    "renames": ("import os\nos.rename('PRECIOUS/file.txt', 'mine.txt')", "graded", r"\(os.rename\)", 10),
-    "overwrites": ("open('PRECIOUS/file.txt', 'w').write('gone')", "graded", r"\(open\)", 10),
-    "links": ("import os\nos.symlink('PRECIOUS/file.txt', 'link')\nopen('link', 'w')", "graded", r"\(open\)", 10),
+    "allocates_tensors": ("import torch\ntorch.ones(10**10)", "graded", "code cell 1: RuntimeError.*memory", ALL),
+    "fills_the_disk": ("with open('big', 'wb') as f: f.write(bytes(10**8))", "graded", "OSError.*File too large", ALL),
+    "deletes": ("import shutil\nshutil.rmtree('PRECIOUS')", "graded", r"PermissionError.*\(os", ALL),
+    "deletes_upwards": ("import os\nos.chdir('PRECIOUS')\nos.remove('file.txt')", "graded", r"\(os.remove\)", ALL),
+    "renames": ("import os\nos.rename('PRECIOUS/file.txt', 'mine.txt')", "graded", r"\(os.rename\)", ALL),
+    "overwrites": ("open('PRECIOUS/file.txt', 'w').write('gone')", "graded", r"\(open\)", ALL),
+    "links": ("import os\nos.symlink('PRECIOUS/file.txt', 'link')\nopen('link', 'w')", "graded", r"\(open\)", ALL),
     "overwrites_from_c": (
         "import torch\ntorch.save(1, 'PRECIOUS/file.txt')",
         "graded",
         "code cell 1: RuntimeError",
-        10,
+        ALL,
     ),
     "deletes_from_c": (
         "import ctypes\nctypes.CDLL(None).unlink(b'PRECIOUS/file.txt')",
         "graded",
         "may not use ctypes",
-        10,
+        ALL,
     ),
-    "deletes_from_a_shell": ("!rm -r PRECIOUS", "graded", "may not use|pty", 10),
-    "forks": ("import os\nfor _ in range(3): os.fork()", "graded", "may not use os.fork", 10),
+    "deletes_from_a_shell": ("!rm -r PRECIOUS", "graded", "may not use|pty", ALL),
+    "forks": ("import os\nfor _ in range(3): os.fork()", "graded", "may not use os.fork", ALL),
     "leaves_a_child": (
         "import subprocess\nsubprocess.Popen(['sleep', '54321'])",
         "graded",
         "may not use subprocess",
-        10,
+        ALL,
     ),
-    "kills": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", "graded", "may not use os.kill", 10),
-    "phones": ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "graded", "may not use socket", 10),
+    "kills": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", "graded", "may not use os.kill", ALL),
+    "phones": ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "graded", "may not use socket", ALL),
     "lifts_its_limits": (
         "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
         "graded",
         "may not use resource",
-        10,
+        ALL,
     ),
     "imports_the_solution": (
         "from lossbook.similarity.temperature import relative_penalty",
         "graded",
         "code cell 1: ModuleNotFoundError",
-        10,
+        ALL,
     ),
 }
 if not sandbox.landlock_version():  # no audit hook sees what C code does
@@ -165,13 +232,13 @@ HOSTILE_AFTER = {
         "import time\ndef relative_penalty(negatives, temperature):\n    while True: time.sleep(1)",
         "time limit",
         "still running",
-        5,
+        BEFORE_PENALTY,
     ),
     "exits_when_called": (
         "import sys\ndef relative_penalty(*args): sys.exit()",
         "graded",
         "RuntimeError.*SystemExit",
-        8,
+        ALL - POINTS["temperature_penalty"],
     ),
     "trickles": (
         "import gc, socket, time\n"
@@ -184,39 +251,42 @@ HOSTILE_AFTER = {
         "larger than 4 MB|still running",
         0,
     ),
-    "dies_when_called": ("import os\ndef relative_penalty(*args): os._exit(3)", "ended", "exit code 3", 5),
+    "dies_when_called": ("import os\ndef relative_penalty(*args): os._exit(3)", "ended", "exit code 3", BEFORE_PENALTY),
     "answers_with_gigabytes": (
         "def relative_penalty(*args): return 'x' * 10**7",
         "ended",
         "answer larger than 4 MB",
-        5,
+        BEFORE_PENALTY,
     ),
     "answers_with_magic": (
         "class Yes:\n    def __getattribute__(self, name): return Yes()\n    def __call__(self, *args): return True\n"
         "    def __eq__(self, other): return True\ndef relative_penalty(*args): return Yes()",
         "graded",
         "temperature_penalty: TypeError",
-        8,
+        ALL - POINTS["temperature_penalty"],
     ),
-    "takes_back_its_answer": ("del relative_penalty", "graded", "temperature_penalty: RuntimeError.*not defined", 8),
+    "takes_back_its_answer": (
+        "del relative_penalty",
+        "graded",
+        "temperature_penalty: RuntimeError.*not defined",
+        ALL - POINTS["temperature_penalty"],
+    ),
     "overwrites_the_grader": (
         "import builtins, json, math, numpy, otter, torch\n"
         "yes = lambda *args, **options: True\n"
         "for module, name in [(torch, 'allclose'), (torch.Tensor, '__eq__'), (math, 'isclose'), (numpy, 'allclose'),\n"
         "                     (builtins, 'abs'), (builtins, 'all'), (otter.Notebook, 'check'), (json.JSONDecoder, 'decode')]:\n"
         "    try: setattr(module, name, yes)\n"
-        "    except Exception: pass\n"
-        "smallest_loss = relative_penalty = temperature_for_share = loss_and_gradients = lambda *args: 1.0",
+        "    except Exception: pass\n" + NOTHING_RIGHT,
         "graded",
-        "temperature_bound.*temperature_gradients.*temperature_penalty.*temperature_share",
+        EVERY_QUESTION,
         0,
     ),
     "writes_results": (
         "for name in ('results.json', 'results.pkl', 'grades.csv'):\n"
-        "    open(name, 'w').write('{\"score\": 10, \"tests\": []}')\n"
-        "smallest_loss = relative_penalty = temperature_for_share = loss_and_gradients = lambda *args: 1.0",
+        "    open(name, 'w').write('{\"score\": 10, \"tests\": []}')\n" + NOTHING_RIGHT,
         "graded",
-        "temperature_bound.*temperature_gradients.*temperature_penalty.*temperature_share",
+        EVERY_QUESTION,
         0,
     ),
     "forges_messages": (
@@ -421,19 +491,19 @@ def test_checks_work_on_colab(built, tmp_path):
 @pytest.mark.parametrize("name", ["a_first", "m_middle", "z_last", "section 2/Zoë Ångström"])
 def test_solution_gets_full_marks_among_the_others(graded, name):
     row = graded[name]
-    assert (row["status"], row["reason"], row["total"], row["possible"]) == ("graded", "", "10", "10")
+    assert (row["status"], row["reason"], row["total"], row["possible"]) == ("graded", "", str(ALL), str(ALL))
     assert points(row) == POINTS
 
 
 @pytest.mark.parametrize("name", HONEST)
 def test_guard_hinders_no_honest_work(graded, name):
     row = graded[f"honest-{name}"]
-    assert (row["status"], row["reason"], row["total"]) == ("graded", "", "10")
+    assert (row["status"], row["reason"], row["total"]) == ("graded", "", str(ALL))
 
 
 def test_untouched_student_version_gets_nothing(graded):
     row = graded["student"]
-    assert (row["status"], row["total"], row["possible"]) == ("graded", "0", "10")
+    assert (row["status"], row["total"], row["possible"]) == ("graded", "0", str(ALL))
     assert set(points(row).values()) == {0} and all(question in row["reason"] for question in POINTS)
 
 
@@ -444,7 +514,7 @@ def test_wrong_answer_loses_the_question_and_no_other(graded, question, name):
     assert (
         row["status"] == "graded"
         and row["reason"].startswith(f"{question}: ")
-        and row["total"] == str(10 - POINTS[question])
+        and row["total"] == str(ALL - POINTS[question])
     )
 
 
@@ -458,13 +528,13 @@ def test_hostile_submission_has_its_own_row_with_a_reason(graded, name):
     row = graded[f"hostile-{name}"]
     assert re.fullmatch(status, row["status"]) and re.search(reason, row["reason"]), row
     assert float(row["total"]) == total == sum(points(row).values()), row
-    assert row["possible"] == "10" and row["reason"].isprintable()
+    assert row["possible"] == str(ALL) and row["reason"].isprintable()
 
 
 @pytest.mark.parametrize("name", NOT_NOTEBOOKS)
 def test_file_that_is_no_notebook_is_invalid(graded, name):
     row = graded[f"not-{name}"]
-    assert (row["status"], row["total"], row["possible"]) == ("invalid", "0", "10") and row["reason"]
+    assert (row["status"], row["total"], row["possible"]) == ("invalid", "0", str(ALL)) and row["reason"]
 
 
 def test_files_outside_of_a_submission_survive(graded, precious):
@@ -518,7 +588,11 @@ def test_plain_values_pass_unchanged():
     assert math.isnan(sandbox.decode(json.loads(json.dumps(sandbox.encode(math.nan)))))
 
 
-@pytest.mark.parametrize("value", [object(), {1: 2}, {1}, 1j, [torch], torch.tensor(1j), np.array(["a"])], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [object(), {1: 2}, {1}, 1j, [torch], torch.tensor(1j), np.array(["a"])],
+    ids=lambda value: type(value).__name__,
+)
 def test_other_values_do_not_pass(value):
     with pytest.raises((TypeError, ValueError)):
         sandbox.decode(json.loads(json.dumps(sandbox.encode(value))))

@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lossbook.ops import gather, local_rows
+from lossbook.similarity.groco import groco_multi_view_loss
 from lossbook.similarity.temperature import info_nce_loss, nt_xent_loss
 
 BATCH, DIM = 6, 5
@@ -20,6 +21,9 @@ LOSSES = {
     "info_nce": lambda q, k, d: info_nce_loss(q, k, temperature=0.3, distributed=d),
     "symmetric": lambda q, k, d: info_nce_loss(q, k, temperature=0.3, symmetric=True, distributed=d),
     "nt_xent": lambda q, k, d: nt_xent_loss(q, k, temperature=0.3, distributed=d),
+    "groco": lambda q, k, d: groco_multi_view_loss(
+        torch.stack([q, k]), num_negatives=3, stop_gradient=False, distributed=d
+    ),
 }
 
 

@@ -81,6 +81,7 @@ def test_gradcheck():
         return streamed_logsumexp(q, k, temperature=temperature, bias=bias, exclude=exclude, chunk_size=2)
 
     assert torch.autograd.gradcheck(function, (q, k, temperature, bias))
+    assert torch.autograd.gradgradcheck(function, (q, k, temperature, bias))
 
 
 def test_gradient_only_where_it_is_asked_for():
@@ -195,11 +196,14 @@ def test_compiles():
         ({"temperature": torch.ones(2)}, ValueError, "temperature"),
         ({"temperature": torch.ones((), dtype=torch.int64)}, TypeError, "temperature"),
         ({"bias": torch.ones(3)}, ValueError, "bias"),
-        ({"mask": torch.ones(3, 4)}, ValueError, "mask"),
+        ({"mask": torch.ones(3, 4)}, TypeError, "mask"),
+        ({"mask": [[True] * 4] * 3}, TypeError, "mask"),
         ({"mask": torch.ones(3, 3, dtype=torch.bool)}, ValueError, "mask"),
         ({"exclude": torch.arange(2)}, ValueError, "exclude"),
         ({"exclude": torch.tensor([0, 1, 4])}, ValueError, "exclude"),
-        ({"exclude": torch.tensor([0.0, 1, 2])}, ValueError, "exclude"),
+        ({"exclude": torch.tensor([0.0, 1, 2])}, TypeError, "exclude"),
+        ({"exclude": [0, 1, 2]}, TypeError, "exclude"),
+        ({"exclude": torch.zeros(3, 1, 1, dtype=torch.int64)}, ValueError, "exclude"),
         ({"chunk_size": 0}, ValueError, "chunk_size"),
         ({"chunk_size": 1.5}, TypeError, "chunk_size"),
     ],
@@ -244,7 +248,7 @@ def test_token_logprobs_equal_log_softmax(seed, chunk, with_bias, temperature):
         ({"targets": torch.tensor([0, 4])}, ValueError, "targets"),
         ({"targets": torch.tensor([0, -1])}, ValueError, "targets"),
         ({"targets": torch.tensor([0])}, ValueError, "targets"),
-        ({"targets": torch.tensor([0.0, 1.0])}, ValueError, "targets"),
+        ({"targets": torch.tensor([0.0, 1.0])}, TypeError, "targets"),
         ({"weight": torch.ones(4, 2)}, ValueError, "weight"),
         ({"temperature": 0}, ValueError, "temperature"),
         ({"bias": torch.ones(3)}, ValueError, "bias"),

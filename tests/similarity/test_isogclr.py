@@ -543,9 +543,8 @@ H, V, N = torch.zeros(3, 4), torch.eye(3), torch.arange(3)
         ("view2", lambda: I.ISogCLRLoss(3)(V, torch.eye(4), N)),
         ("view1", lambda: I.ISogCLRLoss(3)(torch.zeros(3), V, N)),
         ("image", lambda: I.BimodalISogCLRLoss(3)(torch.zeros(3), V, N)),
-        ("index", lambda: I.ISogCLRLoss(3)(V, V, N.int())),
         ("index", lambda: I.ISogCLRLoss(3)(V, V, torch.arange(2))),
-        ("index", lambda: I.ISogCLRLoss(3)(V, V, [0, 1, 2])),
+        ("index", lambda: I.ISogCLRLoss(3)(V, V, N[None])),
         ("index", lambda: I.ISogCLRLoss(3)(V, V, N + 1)),
         ("index", lambda: I.BimodalISogCLRLoss(3)(V, V, N - 1)),
         ("index", lambda: I.ISogCLRLoss(3)(V, V, torch.tensor([2, 2, 2]))),
@@ -567,6 +566,9 @@ def test_bad_input(argument, call):
         ("num_samples", lambda: I.ISogCLRLoss(3.0)),
         ("view1", lambda: I.ISogCLRLoss(3)(V.long(), V, N)),
         ("text", lambda: I.BimodalISogCLRLoss(3)(V, V.long(), N)),
+        ("view2", lambda: I.ISogCLRLoss(3)(V, V.double(), N)),
+        ("index", lambda: I.ISogCLRLoss(3)(V, V, N.int())),
+        ("index", lambda: I.ISogCLRLoss(3)(V, V, [0, 1, 2])),
     ],
 )
 def test_wrong_type(argument, call):

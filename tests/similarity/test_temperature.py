@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,8 +142,17 @@ def test_gradcheck_batch():
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda q, k, t: T.info_nce_loss(q, k, temperature=t, symmetric=True), (q, k, tau))
     assert torch.autograd.gradcheck(lambda q, k, t: T.nt_xent_loss(q, k, temperature=t), (q, k, tau))
+    assert torch.autograd.gradgradcheck(lambda q, k, t: T.info_nce_loss(q, k, temperature=t), (q, k, tau))
     assert torch.autograd.gradcheck(lambda q: T.uniformity(F.normalize(q, dim=1)), (q,))
     assert torch.autograd.gradcheck(lambda q: T.tolerance(F.normalize(q, dim=1), torch.tensor([0, 0, 1, 1])), (q,))
+
+
+def test_numpy_numbers_are_numbers():
+    positive, negatives = random_pairs(4)
+    assert T.contrastive_loss(positive, negatives, temperature=np.float32(0.5)) == T.contrastive_loss(
+        positive, negatives, temperature=0.5
+    )
+    assert T.simplex_embedding(np.int64(3), 2).shape == (3, 2)
 
 
 def test_reductions_agree():
@@ -423,8 +433,9 @@ def test_hard_losses_are_close_at_high_temperature():
 @given(seeds, st.integers(2, 12), st.integers(1, 12), st.floats(0.05, 5))
 def test_no_encoder_is_below_the_simplex_bound(seed, n, dim, tau):
     q, k = random_vectors(seed, n, dim)
-    assert T.info_nce_loss(q, k, temperature=tau).item() >= T.simplex_lower_bound(n, tau) - 1e-6
-    assert T.info_nce_loss(q, q, temperature=tau).item() >= T.simplex_lower_bound(n, tau) - 1e-6
+    bound = T.simplex_lower_bound(n, tau)
+    for other in (k, q, q + 0.1 * k):  # strangers, twins, and close to twins: the bound is nearly tight there
+        assert T.info_nce_loss(q, other, temperature=tau).item() >= bound * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(("n", "tau", "value"), [(4, 0.5, 0.189339), (10, 0.2, 0.0342017), (2, 1.0, None)])
@@ -454,9 +465,15 @@ def test_two_level_derivative():
 @few
 @given(st.integers(2, 8), st.integers(2, 8), st.floats(0.1, 3))
 def test_two_level_loss_is_convex_with_its_minimum_at_the_simplex(classes, n, tau):
-    grid = torch.linspace(0, 1, 41, dtype=torch.float64)
-    loss = torch.stack([T.contrastive_loss(*T.two_level_similarities(a, classes, n), temperature=tau) for a in grid])
-    assert (loss.diff().diff() >= -1e-12).all() and (loss.diff() >= -1e-12).all()
+    def loss(a):
+        return T.contrastive_loss(*T.two_level_similarities(a, classes, n), temperature=tau)
+
+    grid = torch.linspace(-1 / (n - 1), 1, 41, dtype=torch.float64)
+    values = torch.stack([loss(a) for a in grid])
+    assert (values.diff().diff() >= -1e-12).all()
+    simplex = torch.tensor(-1 / (n * classes - 1), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(simplex), simplex)
+    assert abs(slope) < 1e-12 and (values >= loss(simplex) - 1e-12).all()
 
 
 def test_two_level_gram_matrix_is_feasible():
@@ -546,6 +563,7 @@ def test_memory_bank_samples_all_but_its_own():
 def test_memory_bank_updates_by_momentum_without_gradient():
     bank = T.MemoryBank(4, 3, momentum=0.25)
     before = bank.bank.clone()
+    torch.testing.assert_close(before.norm(dim=1), torch.ones(4))
     new = F.normalize(torch.randn(2, 3), dim=1).requires_grad_()
     bank.update(torch.tensor([1, 3]), new)
     expected = F.normalize(0.25 * before[[1, 3]] + 0.75 * new, dim=1)
@@ -598,8 +616,10 @@ def test_half_precision_embeddings_give_a_float32_loss():
     loss.backward()
     assert loss.dtype == torch.float32 and q.grad.dtype == torch.bfloat16
     torch.testing.assert_close(loss, T.info_nce_loss(q.float(), k.float(), temperature=0.1))
+    explicit = T.pair_similarities(q.float(), k.float())
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(T.info_nce_loss(q.float(), k.float(), temperature=0.1), loss)
+        torch.testing.assert_close(T.pair_similarities(q.float(), k.float()), explicit, rtol=0, atol=0)
 
 
 def test_transforms_and_compile():
@@ -663,6 +683,8 @@ def test_bad_temperature(call, tau):
         (lambda: T.pair_similarities(V[:1], V[:1]), "query"),
         (lambda: T.pair_similarities(V, V[:, :2]), "key"),
         (lambda: T.embedding_gradient(V, V, V[None], temperature=1.0), "negative_keys"),
+        (lambda: T.embedding_gradient(V * 0, V, V[None].repeat(3, 1, 1), temperature=1.0), "output"),
+        (lambda: T.nt_xent_loss(V, V, temperature=torch.ones(3)), "temperature"),
         (lambda: T.simplex_lower_bound(1, 0.5), "num_instances"),
         (lambda: T.simplex_lower_bound(4, 0.0), "temperature"),
         (lambda: T.simplex_embedding(5, 3), "dim"),
@@ -674,7 +696,6 @@ def test_bad_temperature(call, tau):
         (lambda: T.uniformity(V, chunk_size=0), "chunk_size"),
         (lambda: T.tolerance(V, torch.arange(3)), "labels"),
         (lambda: T.tolerance(V, torch.zeros(2, dtype=torch.int64)), "labels"),
-        (lambda: T.tolerance(V, torch.zeros(3)), "labels"),
         (lambda: T.tolerance(V, torch.zeros(3, dtype=torch.int64), normalize="both"), "normalize"),
         (lambda: T.MemoryBank(5, 3, momentum=1.0), "momentum"),
         (lambda: T.MemoryBank(1, 3), "num_samples"),
@@ -698,6 +719,13 @@ def test_bad_values_name_the_argument(call, name):
         (lambda: T.contrastive_loss(P, N, temperature="cold"), "temperature"),
         (lambda: T.contrastive_loss(P, N, temperature=True), "temperature"),
         (lambda: T.info_nce_loss(V.long(), V), "query"),
+        (lambda: T.info_nce_loss(V, V.double()), "key"),
+        (lambda: T.nt_xent_loss(V, V.double()), "view2"),
+        (lambda: T.contrastive_loss(P, N.double()), "positive"),
+        (lambda: T.tolerance(V, [0, 0, 1]), "labels"),
+        (lambda: T.tolerance(V, torch.zeros(3)), "labels"),
+        (lambda: T.MemoryBank(5, 3).sample(2, [1]), "exclude"),
+        (lambda: T.MemoryBank(5, 3, momentum="a"), "momentum"),
         (lambda: T.simplex_embedding(3.0, 4), "num_points"),
     ],
 )

@@ -14,7 +14,9 @@ def few_images(*, train):
     """Six or four images a class, each class a color of its own."""
     labels = torch.arange(10).repeat(6 if train else 4)
     colors = torch.rand(10, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    return lab.Images((colors[labels] + 0.1 * torch.rand(len(labels), 3, 32, 32)).clamp(0, 1), labels, tuple("abcdefghij"))
+    return lab.Images(
+        (colors[labels] + 0.1 * torch.rand(len(labels), 3, 32, 32)).clamp(0, 1), labels, tuple("abcdefghij")
+    )
 
 
 def test_full_profile_trains_with_the_memory_bank(monkeypatch):
@@ -34,12 +36,20 @@ def test_full_profile_trains_with_the_memory_bank(monkeypatch):
         exec(cell.source, names)
         if "SIZES" in cell.source:
             assert names["size"] is names["SIZES"]["full"]
-            names["size"] |= dict(epochs=2, batch=20, bank=8, seeds=2, backbone=lambda: lab.ResNet(3, None, width=8))
+            names["size"] |= dict(
+                epochs=2, batch=20, bank=8, seeds=(0, 1), backbone=lambda: lab.ResNet(3, None, width=8)
+            )
             names["size"] |= dict(head=lambda: lab.MLP([64, 32, 16]))
         if "measured" in names:
             break
     torch.set_num_threads(threads)
-    assert set(names["measured"]) == {(name, seed) for name in names["losses"] for seed in (0, 1)}
+    assert set(names["measured"]) == {(name, seed) for name in (*names["losses"], "pixels") for seed in (0, 1)}
     for result in names["measured"].values():
         assert all(torch.tensor(value).isfinite().all() for value in result.values())
-        assert result["linear probe"] > 0.3  # colors tell the classes apart
+    # Training moves the encoder, and each loss moves it elsewhere.
+    images = few_images(train=True).images
+    encoders = [
+        names["train"](loss, images, seed=0)[0] for loss in (*names["losses"].values(), lambda p, n: 0 * p.sum())
+    ]
+    first, second, untrained = (next(encoder.parameters()) for encoder in encoders)
+    assert not torch.equal(first, untrained) and not torch.equal(first, second)

@@ -6,14 +6,14 @@ are taken a chunk at a time, and the backward pass computes each chunk again ins
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lossbook import _checks
 
-# A chunk of this many similarities stays near the cache on a CPU and fills a GPU.
-_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+# Similarities in a chunk. On a CPU, 32 MiB of float32: the C library gives blocks of this size back to the system, where
+# smaller ones leave gaps that the next chunk may not fit. On a GPU, enough to fill it.
+_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 # Fewer rows than this make the matrix products memory-bound, so wide rows get larger chunks, up to a limit.
-_CHUNK_ROWS, _CHUNK_LIMIT = 256, 2**25
+_CHUNK_ROWS, _CHUNK_LIMIT = 512, 2**25
 
 
 def _chunk_rows(num_keys: int, device: torch.device) -> int:
@@ -21,20 +21,30 @@ def _chunk_rows(num_keys: int, device: torch.device) -> int:
     return max(1, elements // num_keys, min(_CHUNK_ROWS, _CHUNK_LIMIT // num_keys))
 
 
+# The next three work in place: one block a chunk.
+
+
 def _logits(queries: Tensor, keys: Tensor, bias: Tensor | None, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
     """One chunk of the matrix, in float32 or wider, with -inf where a key is not used."""
     logits = (queries @ keys.T).to(torch.promote_types(queries.dtype, torch.float32))
     if bias is not None:
-        logits = logits + bias
+        logits.add_(bias)
     if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
+        logits.masked_fill_(~mask, -torch.inf)
     if exclude is not None:
-        logits = logits.scatter(1, exclude, -torch.inf)
+        logits.scatter_(1, exclude, -torch.inf)
     return logits
 
 
-def _softmax(logits: Tensor, logsumexp: Tensor) -> Tensor:
-    """``exp(logits - logsumexp)`` by row, and zero in a row without keys, where both are -inf."""
+def _logsumexp_(logits: Tensor) -> Tensor:
+    """Log-sum-exp by row, and -inf in a row without keys; overwrites ``logits``."""
+    largest = logits.amax(dim=1, keepdim=True)
+    largest = largest.masked_fill(largest == -torch.inf, 0)
+    return logits.sub_(largest).exp_().sum(dim=1).log() + largest.squeeze(1)
+
+
+def _softmax_(logits: Tensor, logsumexp: Tensor) -> Tensor:
+    """``exp(logits - logsumexp)`` by row, and zero in a row without keys, where both are -inf; overwrites ``logits``."""
     return logits.sub_(logsumexp.masked_fill(logsumexp == -torch.inf, 0)[:, None]).exp_()
 
 
@@ -47,7 +57,7 @@ class _StreamedLogSumExp(torch.autograd.Function):
         for start in range(0, queries.shape[0], chunk_rows):
             rows_of = _slicer(start, chunk_rows)
             logits = _logits(rows_of(queries), keys, bias, rows_of(mask), rows_of(exclude))
-            rows.append(torch.logsumexp(logits, dim=1))
+            rows.append(_logsumexp_(logits))
         return torch.cat(rows)
 
     @staticmethod
@@ -56,7 +66,6 @@ class _StreamedLogSumExp(torch.autograd.Function):
         ctx.save_for_backward(queries, keys, bias, mask, exclude, output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
         queries, keys, bias, mask, exclude, logsumexp = ctx.saved_tensors
         need_queries, need_keys, need_bias = ctx.needs_input_grad[:3]
@@ -64,14 +73,15 @@ class _StreamedLogSumExp(torch.autograd.Function):
         for start in range(0, queries.shape[0], ctx.chunk_rows):
             rows_of = _slicer(start, ctx.chunk_rows)
             q, grad = rows_of(queries), rows_of(grad_output)
-            softmax = _softmax(_logits(q, keys, bias, rows_of(mask), rows_of(exclude)), rows_of(logsumexp))
+            softmax = _softmax_(_logits(q, keys, bias, rows_of(mask), rows_of(exclude)), rows_of(logsumexp))
             if need_bias:
-                grad_bias = _added(grad_bias, grad @ softmax)
+                part = grad @ softmax
+                grad_bias = part if grad_bias is None else grad_bias + part
             softmax = softmax.to(q.dtype)
             if need_queries:
                 grad_queries.append((softmax @ keys) * grad[:, None].to(q.dtype))
             if need_keys:
-                grad_keys = _added(grad_keys, (softmax.T @ (q * grad[:, None].to(q.dtype))).to(grad.dtype))
+                grad_keys = _accumulated(grad_keys, softmax.T, q * grad[:, None].to(q.dtype), grad.dtype)
         return (
             torch.cat(grad_queries) if need_queries else None,
             grad_keys.to(keys.dtype) if need_keys else None,
@@ -86,8 +96,11 @@ def _slicer(start: int, rows: int):
     return lambda tensor: None if tensor is None else tensor[start : start + rows]
 
 
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)
+def _accumulated(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + a @ b`` in ``dtype``; where that is the factors' own, the product is added as it is made."""
+    if total is None:
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
 
 
 def streamed_logsumexp(
@@ -102,7 +115,8 @@ def streamed_logsumexp(
 ) -> Tensor:
     r"""Row-wise :math:`\log\sum_k \exp(q_i^\top k_k/\tau_i + b_k)`, without holding the matrix of similarities.
 
-    Differentiable once in ``queries``, ``keys``, ``temperature`` and ``bias``. Products are taken in the inputs' dtype, also
+    Differentiable in ``queries``, ``keys``, ``temperature`` and ``bias``; a second derivative holds the matrix, and there is
+    no forward mode. Products are taken in the inputs' dtype, also
     under autocast; what follows is in float32 or wider.
 
     Args:
@@ -122,8 +136,8 @@ def streamed_logsumexp(
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes do not fit, or the temperature is not finite and positive.
 
-    Complexity: O(BNd) time, two matrix products forward and back as many as the dense computation, and one more;
-    O(chunk_size * N + (B + N) d) memory against O(BN) of the dense computation.
+    Complexity: O(BNd) time: four matrix products of this size, one forward and three backward, where the dense
+    computation takes three; O(chunk_size * N + (B + N) d) memory against O(BN).
 
     Source: the log-partition function of softmax losses; chapter ``similarity/temperature``, eq-temperature-loss.
 
@@ -143,13 +157,15 @@ def streamed_logsumexp(
     temperature = _checks.temperature(temperature, rows)
     if bias is not None and _checks.floating("bias", bias).shape != (num_keys,):
         raise ValueError(f"bias must have shape ({num_keys},), got {tuple(bias.shape)}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (rows, num_keys)):
-        raise ValueError(f"mask must be bool of shape ({rows}, {num_keys}), got {mask.dtype} of {tuple(mask.shape)}")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.shape != (rows, num_keys):
+            raise ValueError(f"mask must have shape ({rows}, {num_keys}), got {tuple(mask.shape)}")
     if exclude is not None:
-        if exclude.dtype != torch.int64 or exclude.ndim not in (1, 2) or exclude.shape[0] != rows:
-            raise ValueError(
-                f"exclude must be int64 of shape ({rows},) or ({rows}, m), got {exclude.dtype} of {tuple(exclude.shape)}"
-            )
+        _checks.integer("exclude", exclude, ndim=2 if getattr(exclude, "ndim", 1) == 2 else 1)
+        if exclude.shape[0] != rows:
+            raise ValueError(f"exclude must have shape ({rows},) or ({rows}, m), got {tuple(exclude.shape)}")
         if _checks.known_false((exclude >= 0) & (exclude < num_keys)):
             raise ValueError(f"exclude must hold indices in [0, {num_keys}), got {exclude.min()} to {exclude.max()}")
         exclude = exclude.reshape(rows, -1)
@@ -206,10 +222,8 @@ def token_logprobs(
             f"weight must have {hidden.shape[-1]} columns of {hidden.dtype} like hidden, "
             f"got shape {tuple(weight.shape)} of {weight.dtype}"
         )
-    if targets.dtype != torch.int64 or targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"targets must be int64 of shape {tuple(hidden.shape[:-1])}, got {targets.dtype} of {tuple(targets.shape)}"
-        )
+    if _checks.integer("targets", targets, hidden.ndim - 1).shape != hidden.shape[:-1]:
+        raise ValueError(f"targets must have shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
     used = targets != ignore_index
     if _checks.known_false(~used | ((targets >= 0) & (targets < weight.shape[0]))):
         raise ValueError(f"targets must lie in [0, {weight.shape[0]}) or be {ignore_index} (ignore_index)")

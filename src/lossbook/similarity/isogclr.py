@@ -328,10 +328,9 @@ class _IndividualTemperatures(nn.Module):
     def _loss(self, names: tuple[str, str], first: Tensor, second: Tensor, index: Tensor) -> Tensor:
         """The objective at the running means, with the gradient of the estimator; in training the state moves."""
         _checks.floating(names[0], first, 2)
-        _checks.same_shape(names[1], _checks.floating(names[1], second, 2), names[0], first)
-        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != first.shape[:1]:
-            got = f"{index.dtype} of {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-            raise ValueError(f"index must be int64 of shape ({len(first)},), one sample for each row, got {got}")
+        _checks.like(names[1], second, names[0], first, 2)
+        if len(_checks.integer("index", index, 1)) != len(first):
+            raise ValueError(f"index must name {len(first)} samples, one for each row, got {len(index)}")
         if _checks.known_false((index >= 0) & (index < self.num_samples)):
             raise ValueError(f"index must lie in [0, {self.num_samples}), got {index.min()} to {index.max()}")
         rows = [_unit_rows(first), _unit_rows(second)]

@@ -26,6 +26,8 @@ def _pairs(positive: Tensor, negatives: Tensor, mask: Tensor | None = None) -> T
     """Check one positive and K negatives a row; give back the checked mask."""
     _checks.floating("negatives", negatives, 2)
     _checks.floating("positive", positive, 1)
+    if positive.dtype != negatives.dtype:
+        raise TypeError(f"positive must have the dtype of negatives, {negatives.dtype}, got {positive.dtype}")
     if positive.shape[0] != negatives.shape[0]:
         raise ValueError(
             f"positive must have shape ({negatives.shape[0]},), one for each row of negatives, got {tuple(positive.shape)}"
@@ -49,7 +51,7 @@ def contrastive_loss(
     r"""Softmax contrastive loss of one positive against K negatives.
 
     :math:`\mathcal L_i = \log\bigl(1+\sum_{k\ne i} e^{(s_{ik}-s_{ii})/\tau}\bigr)` (eq-temperature-loss), with the positive in
-    the denominator. Computed in the log domain: finite at any temperature.
+    the denominator. Computed in the log domain, in the dtype of the similarities: finite as long as :math:`s/\tau` is.
 
     Args:
         positive: similarity to the positive, shape ``(B,)``, floating point.
@@ -122,8 +124,7 @@ def info_nce_loss(
         tensor(0.3408)
     """
     _checks.floating("query", query, 2)
-    _checks.floating("key", key, 2)
-    _checks.same_shape("key", key, "query", query)
+    _checks.like("key", key, "query", query, 2)
     rows = query.shape[0]
     temperature = _checks.temperature(temperature, rows)
     query, key = _unit_rows(query), _unit_rows(key)
@@ -182,9 +183,8 @@ def nt_xent_loss(
         tensor(0.5944)
     """
     _checks.floating("view1", view1, 2)
-    _checks.floating("view2", view2, 2)
-    _checks.same_shape("view2", view2, "view1", view1)
-    temperature = _checks.temperature(temperature, 1)
+    _checks.like("view2", view2, "view1", view1, 2)
+    temperature = _checks.temperature(temperature)
     view1, view2 = _unit_rows(view1), _unit_rows(view2)
     rows = len(view1)
     first, second = (ops.gather(v) if distributed else v for v in (view1, view2))
@@ -232,12 +232,12 @@ def pair_similarities(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         ([1.0, 1.0, 1.0], torch.Size([3, 2]))
     """
     _checks.floating("query", query, 2)
-    _checks.floating("key", key, 2)
-    _checks.same_shape("key", key, "query", query)
+    _checks.like("key", key, "query", query, 2)
     rows = len(query)
     if rows < 2:
         raise ValueError(f"query must have at least 2 rows, so that there is a negative, got {rows}")
-    similarities = _unit_rows(query) @ _unit_rows(key).T
+    with torch.autocast(query.device.type, enabled=False):
+        similarities = _unit_rows(query) @ _unit_rows(key).T
     # Dropping the last element and cutting rows of B + 1 puts the diagonal into the first column.
     negatives = similarities.flatten()[:-1].reshape(rows - 1, rows + 1)[:, 1:].reshape(rows, rows - 1)
     return similarities.diagonal(), negatives
@@ -375,13 +375,15 @@ def embedding_gradient(output: Tensor, positive_key: Tensor, negative_keys: Tens
         tensor([0., 0.])
     """
     _checks.floating("output", output, 2)
-    _checks.same_shape("positive_key", _checks.floating("positive_key", positive_key, 2), "output", output)
+    _checks.like("positive_key", positive_key, "output", output, 2)
     _checks.floating("negative_keys", negative_keys, 3)
     if negative_keys.shape[::2] != output.shape:
         raise ValueError(
             f"negative_keys must have shape ({output.shape[0]}, K, {output.shape[1]}), got {tuple(negative_keys.shape)}"
         )
     length = output.norm(dim=1, keepdim=True)
+    if _checks.known_false(length > 0):
+        raise ValueError("output must not have a row of zeros: it has no direction")
     f = output / length
     positive, negatives = (f * positive_key).sum(1), (negative_keys @ f[:, :, None]).squeeze(2)
     pull, push = similarity_gradients(positive, negatives, temperature=temperature)
@@ -526,14 +528,15 @@ def hard_contrastive_loss(
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""The contrastive loss on each anchor's hardest negatives only: :math:`s_{ik}\ge s_\alpha^{(i)}`, the upper :math:`\alpha`-quantile (eq-temperature-hard).
+    r"""The contrastive loss on each anchor\'s hardest negatives only (eq-temperature-hard).
 
     The other negatives receive exactly no push, so that the loss is aware of hardness at any temperature.
 
     Args:
         positive: shape ``(B,)``, floating point.
         negatives: shape ``(B, K)``.
-        alpha: fraction of the negatives that is kept, in (0, 1]: :math:`\max(1,\lceil\alpha K\rceil)` of them. 1 is the ordinary loss.
+        alpha: fraction of the negatives that is kept, in (0, 1]: the :math:`\max(1,\lceil\alpha K\rceil)` hardest; ties at the cut
+            are broken arbitrarily. 1 is the ordinary loss.
         temperature: :math:`\tau>0`, a number, or a tensor of shape ``()`` or ``(B,)`` (differentiable).
         mask: bool, shape ``(B, K)``, true where a negative is used; K above counts those.
         reduction: "none", "mean" or "sum" over the batch.
@@ -566,12 +569,13 @@ def hard_simple_loss(
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""The simple loss on each anchor's hardest negatives only: :math:`-s_{ii}+\lambda\sum_{s_{ik}\ge s_\alpha^{(i)}}s_{ik}` (eq-temperature-hard-simple).
+    r"""The simple loss on each anchor\'s hardest negatives only (eq-temperature-hard-simple).
 
     Args:
         positive: shape ``(B,)``, floating point.
         negatives: shape ``(B, K)``.
-        alpha: fraction of the negatives that is kept, in (0, 1]: :math:`\max(1,\lceil\alpha K\rceil)` of them.
+        alpha: fraction of the negatives that is kept, in (0, 1]: the :math:`\max(1,\lceil\alpha K\rceil)` hardest; ties at the cut
+            are broken arbitrarily.
         weight: :math:`\lambda>0`, on the sum; None is one over the number kept.
         mask: bool, shape ``(B, K)``, true where a negative is used; K above counts those.
         reduction: "none", "mean" or "sum" over the batch.
@@ -713,7 +717,7 @@ def alignment(x: Tensor, y: Tensor) -> Tensor:
         >>> alignment(torch.eye(3), torch.eye(3))
         tensor(1.)
     """
-    _checks.same_shape("y", _checks.floating("y", y, 2), "x", _checks.floating("x", x, 2))
+    _checks.like("y", y, "x", _checks.floating("x", x, 2), 2)
     return (x * y).sum(1).mean()
 
 
@@ -763,7 +767,7 @@ def tolerance(embedding: Tensor, labels: Tensor, *, normalize: str = "conditiona
 
     Args:
         embedding: unit vectors, shape ``(n, d)``, floating point.
-        labels: classes, shape ``(n,)``, integer.
+        labels: classes, shape ``(n,)``, int64.
         normalize: "conditional" divides by the number of same-class pairs, :math:`\mathbb E[x^\top y\mid l(x)=l(y)]`; "joint",
             as the paper prints it, by that of all pairs, :math:`\mathbb E[x^\top y\,\mathbb 1\{l(x)=l(y)\}]`.
 
@@ -784,10 +788,8 @@ def tolerance(embedding: Tensor, labels: Tensor, *, normalize: str = "conditiona
         (tensor(1.), tensor(0.3333))
     """
     _checks.floating("embedding", embedding, 2)
-    if labels.is_floating_point() or labels.shape != embedding.shape[:1]:
-        raise ValueError(
-            f"labels must be integers of shape ({len(embedding)},), got {labels.dtype} of {tuple(labels.shape)}"
-        )
+    if _checks.integer("labels", labels, 1).shape != embedding.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(embedding)},), got {tuple(labels.shape)}")
     if normalize not in ("conditional", "joint"):
         raise ValueError(f'normalize must be "conditional" or "joint", got {normalize!r}')
     _, index, counts = labels.unique(return_inverse=True, return_counts=True)
@@ -836,9 +838,9 @@ class MemoryBank(nn.Module):
         super().__init__()
         _checks.positive_int("num_samples", num_samples, minimum=2)
         _checks.positive_int("dim", dim)
-        if not 0 <= momentum < 1:
+        if momentum != 0 and _checks.positive_number("momentum", momentum) >= 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
-        self.momentum = momentum
+        self.momentum = float(momentum)
         self.register_buffer("bank", F.normalize(torch.randn(num_samples, dim), dim=1))
 
     def sample(self, num_negatives: int, exclude: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -884,7 +886,6 @@ class MemoryBank(nn.Module):
         self.bank[index] = F.normalize(mixed, dim=1)
 
     def _check_index(self, name: str, index: Tensor) -> None:
-        if index.dtype != torch.int64 or index.ndim != 1:
-            raise ValueError(f"{name} must be int64 with 1 dimension, got {index.dtype} of {tuple(index.shape)}")
+        _checks.integer(name, index, 1)
         if _checks.known_false((index >= 0) & (index < len(self.bank))):
             raise ValueError(f"{name} must lie in [0, {len(self.bank)}), got {index.min()} to {index.max()}")
