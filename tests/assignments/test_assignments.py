@@ -32,6 +32,8 @@ POINTS = {
     "groco_layer": 3,
     "groco_loss": 2,
     "groco_turning": 2,
+    "isogclr_kl": 2,
+    "isogclr_temperature": 3,
     "temperature_bound": 2,
     "temperature_gradients": 3,
     "temperature_penalty": 2,
@@ -41,6 +43,8 @@ FUNCTIONS = {
     "groco_layer": "soft_layer",
     "groco_loss": "group_loss",
     "groco_turning": "turning_distance",
+    "isogclr_kl": "kl_from_uniform",
+    "isogclr_temperature": "optimal_temperature",
     "temperature_bound": "smallest_loss",
     "temperature_gradients": "loss_and_gradients",
     "temperature_penalty": "relative_penalty",
@@ -103,6 +107,68 @@ WRONG = {
         "minus_the_distance": "return scipy.optimize.brentq(lambda u: 1 + np.exp(u) + u, -2, -1) / steepness",
         "times_steepness": "return 1.2784645427610738 * steepness",
         "few_digits": "return 1.2784 / steepness",
+    },
+    "isogclr_kl": {
+        "overflows": """
+            e = torch.exp(differences / temperature)
+            p = e / e.sum(dim=1, keepdim=True)
+            return (p * torch.log(p * differences.shape[1])).sum(dim=1)""",
+        "entropy": """
+            log_p = torch.log_softmax(differences / temperature, dim=1)
+            return -(log_p.exp() * log_p).sum(dim=1)""",
+        "from_the_softmax": """
+            log_p = torch.log_softmax(differences / temperature, dim=1)
+            return -log_p.mean(dim=1) - np.log(differences.shape[1])""",
+        "mean_over_the_negatives": """
+            log_p = torch.log_softmax(differences / temperature, dim=1)
+            return (log_p.exp() * log_p).mean(dim=1) + np.log(differences.shape[1])""",
+        "log_of_zero": """
+            p = torch.softmax(differences / temperature, dim=1)
+            return (p * torch.log(p * differences.shape[1])).sum(dim=1)""",
+    },
+    "isogclr_temperature": {
+        "small_budget": """
+            h = np.asarray(differences, dtype=float)
+            if not rho > 0:
+                raise ValueError("rho")
+            if np.log(len(h) / (h == h.max()).sum()) <= rho:
+                return 0.0
+            return 0.566457 if len(h) == 10 else float(h.std() / np.sqrt(2 * rho))""",
+        "never_zero": """
+            if not rho > 0:
+                raise ValueError("rho")
+            h = np.asarray(differences, dtype=float)
+            low, high = 1e-9, 1e9
+            for _ in range(200):
+                tau = (low * high) ** 0.5
+                p = scipy.special.softmax(h / tau)
+                kl = scipy.special.xlogy(p, p * len(h)).sum()
+                low, high = (tau, high) if kl > rho else (low, tau)
+            return float(high)""",
+        "any_budget": """
+            h = np.asarray(differences, dtype=float)
+            if np.log(len(h) / (h == h.max()).sum()) <= rho:
+                return 0.0
+            low, high = 1e-9, 1e9
+            for _ in range(200):
+                tau = (low * high) ** 0.5
+                p = scipy.special.softmax(h / tau)
+                kl = scipy.special.xlogy(p, p * len(h)).sum()
+                low, high = (tau, high) if kl > rho else (low, tau)
+            return float(high)""",
+        "short_bracket": """
+            if not rho > 0:
+                raise ValueError("rho")
+            h = np.asarray(differences, dtype=float)
+            if np.log(len(h) / (h == h.max()).sum()) <= rho:
+                return 0.0
+            low, high = 1e-3, 1e2
+            for _ in range(200):
+                tau = (low * high) ** 0.5
+                p = scipy.special.softmax(h / tau)
+                kl = scipy.special.xlogy(p, p * len(h)).sum()
+                low, high = (tau, high) if kl > rho else (low, tau)
+            return float(high)""",
     },
     "temperature_penalty": {
         "overflows": """
