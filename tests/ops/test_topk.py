@@ -64,9 +64,16 @@ def test_only_what_needs_a_gradient_gets_one():
 
 def test_autocast_does_not_round_the_products():
     q, keys = vectors(2, 5, 6, dtype=torch.float32)
+    wanted = streamed_topk(q, keys, 2)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(streamed_topk(q, keys, 2)[0], streamed_topk(q.detach(), keys.detach(), 2)[0])
-    assert streamed_topk(q, keys, 2)[0].dtype == torch.float32
+        inside = streamed_topk(q, keys, 2)[0]
+    assert inside.dtype == torch.float32 and torch.equal(inside, wanted)
+
+
+def test_jacobian_in_keys():
+    q, keys = (x.detach() for x in vectors(4, 3, 5))
+    jacobian = torch.func.jacrev(lambda k: streamed_topk(q, k, 2)[0])(keys)
+    assert jacobian.shape == (3, 2, *keys.shape)
 
 
 Q, K = torch.eye(3), torch.eye(5)[:, :3].contiguous()

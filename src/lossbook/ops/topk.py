@@ -39,7 +39,7 @@ class _StreamedTopK(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_queries.append(grad @ keys)
             if grad_keys is not None:
-                grad_keys += grad.T @ queries[rows]
+                grad_keys = grad_keys + grad.T @ queries[rows]
         return torch.cat(grad_queries) if grad_queries else None, grad_keys, None, None, None
 
 

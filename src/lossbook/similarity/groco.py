@@ -34,6 +34,13 @@ def _reciprocal(v: Tensor) -> Tensor:
     return torch.where(v > 0, 1 - tail, tail)
 
 
+def _log_ndtr(v: Tensor) -> Tensor:
+    # torch.special.log_ndtr has a wrong derivative far below zero in float32; erfcx carries the tail without its exponential.
+    low = v.clamp(max=-1.0)
+    tail = (torch.special.erfcx(-low / math.sqrt(2)) / 2).log() - low * low / 2
+    return torch.where(v < -1, tail, torch.special.ndtr(v.clamp(min=-1.0)).log())
+
+
 _COMPARATORS = {
     "cauchy": _cauchy,
     "logistic": torch.sigmoid,
@@ -43,7 +50,7 @@ _COMPARATORS = {
 _LOG_COMPARATORS = {
     "cauchy": lambda v: _cauchy(v).log(),
     "logistic": F.logsigmoid,
-    "gaussian": torch.special.log_ndtr,
+    "gaussian": _log_ndtr,
     "reciprocal": lambda v: _reciprocal(v).log(),
 }
 
@@ -346,7 +353,7 @@ def groco_loss(
         reduction: "none", "mean" or "sum" over the batch.
 
     Returns:
-        Shape ``()``, or ``(B,)`` with reduction "none"; at least 0.
+        Shape ``()``, or ``(B,)`` with reduction "none"; at least 0 up to rounding.
 
     Raises:
         TypeError, ValueError: for a wrong type, shape, number, mask, steepness, distribution or reduction, naming the argument.
