@@ -46,6 +46,20 @@ def test_digits_are_scikit_learns():
     assert digits.classes == tuple("0123456789")
 
 
+def test_rotated_digits_are_turned_and_named():
+    digits, plain = lab.load_rotated_digits((0, 3)), lab.load_digits()
+    check_images(digits, (2 * 1797, 1, 8, 8), 20)
+    assert digits.classes[15] == "7 at 270°"
+    assert torch.equal(digits.images[:1797], plain.images) and torch.equal(digits.labels[:1797], 2 * plain.labels)
+    turned = np.rot90(plain.images[100, 0].numpy(), 3)
+    np.testing.assert_array_equal(digits.images[1797 + 100, 0].numpy(), turned)
+    assert digits.classes[digits.labels[1797 + 100]] == f"{plain.labels[100]} at 270°"
+    assert len(lab.load_rotated_digits().classes) == 40
+    for turns in [(), (1, 1), (4,), (-1,)]:
+        with pytest.raises(ValueError, match="turns"):
+            lab.load_rotated_digits(turns)
+
+
 def occurs(patch, photograph):
     """Whether the patch (C, s, s) in [0, 1] occurs in the photograph (H, W) or (H, W, C) of bytes."""
     pixels = np.rint(patch.numpy() * 255).astype(np.uint8)

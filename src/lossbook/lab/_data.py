@@ -59,6 +59,35 @@ def load_digits() -> Images:
     return _images(digits.images[:, None], digits.target, [str(name) for name in digits.target_names], 16)
 
 
+def load_rotated_digits(turns: Sequence[int] = (0, 1, 2, 3)) -> Images:
+    """Load scikit-learn's digits once for each quarter turn; a class is a digit at an angle, as in Omniglot's few-shot tasks.
+
+    For an open world take whole digits for training and other digits for the test, with all their angles: an image and its
+    rotated copies then never lie on both sides. Some classes look alike, such as 0 at 0 and at 180 degrees.
+
+    Args:
+        turns: which quarter turns (90 degrees counterclockwise each), different, from 0 to 3.
+
+    Returns:
+        :class:`Images` of shape ``(1797 * len(turns), 1, 8, 8)``, one turn after the other; the label of digit ``c`` at ``turns[j]`` is
+        ``c * len(turns) + j``, its name for instance ``"7 at 90°"``.
+
+    Raises:
+        ValueError: ``turns`` is empty, repeats a turn, or has one outside of 0 to 3.
+
+    Example:
+        >>> digits = load_rotated_digits((0, 1))
+        >>> digits.images.shape, digits.classes[:3]
+        (torch.Size([3594, 1, 8, 8]), ('0 at 0°', '0 at 90°', '1 at 0°'))
+    """
+    if not turns or len(set(turns)) < len(turns) or not set(turns) <= {0, 1, 2, 3}:
+        raise ValueError(f"turns must be different numbers from 0 to 3, got {tuple(turns)}")
+    digits = load_digits()
+    images = torch.cat([digits.images.rot90(turn, dims=(2, 3)) for turn in turns])
+    labels = torch.cat([digits.labels * len(turns) + j for j in range(len(turns))])
+    return Images(images, labels, tuple(f"{name} at {90 * turn}°" for name in digits.classes for turn in turns))
+
+
 def load_patches(count: int, size: int = 16, *, seed: int = 0, part: str = "all") -> Images:
     """Cut random square patches from six color photographs that ship with scikit-image and scikit-learn.
 
