@@ -100,15 +100,15 @@ def influence_matrix(adjacency: Any, order: int, *, cumulative: bool = True) -> 
         raise ValueError(f"adjacency must have shape (n, n), got {tuple(adjacency.shape)}")
     order = _checks.positive_int("order", order)
     n = len(adjacency)
-    adjacency = adjacency.detach().to_sparse_coo()
+    adjacency = adjacency.detach().to_sparse_coo().coalesce()
+    if _checks.known_false(torch.isfinite(adjacency.values()) & (adjacency.values() >= 0)):
+        raise ValueError("adjacency must be finite and >= 0")
     if not adjacency.is_floating_point():
         adjacency = adjacency.to(torch.get_default_dtype())
     diagonal = torch.arange(n, device=adjacency.device).expand(2, n)
     ones = torch.ones(n, dtype=adjacency.dtype, device=adjacency.device)
     loops = torch.sparse_coo_tensor(diagonal, ones, (n, n), check_invariants=False)
     step = (adjacency + loops).coalesce()
-    if _checks.known_false(torch.isfinite(step.values()) & (step.values() >= 0)):
-        raise ValueError(f"adjacency must be finite and >= 0, got values from {step.values().min()}")
     rows = step.indices()[0]
     degree = torch.zeros(n, dtype=step.dtype, device=step.device).index_add(0, rows, step.values())
     step = torch.sparse_coo_tensor(
@@ -604,7 +604,7 @@ def block_sum_bounds(statistics: BlockStatistics, *, tau: float) -> tuple[Tensor
     if not isinstance(statistics, BlockStatistics):
         raise TypeError(f"statistics must come from block_statistics, got {type(statistics).__name__}")
     tau = statistics.means.new_tensor(_checks.positive_number("tau", tau))
-    log_sizes = statistics.sizes.log()
+    log_sizes = statistics.sizes.double().log()
     lower = log_sizes[:, None] + log_sizes + tau * statistics.means
     psi = (torch.expm1(2 * tau) - 2 * tau) / 4
     return lower, lower + tau**2 / 2, lower + torch.log1p(statistics.variances * psi)
@@ -835,7 +835,10 @@ class PamCLoss(nn.Module):
         self.centers = nn.Parameter(centers.detach().clone())
         self.alpha, self.beta = _non_negative("alpha", alpha), _non_negative("beta", beta)
         self.tau, self.dof = _checks.positive_number("tau", tau), _checks.positive_number("dof", dof)
-        self.self_similarity, self.soft = _cosine("self_similarity", self_similarity), soft
+        self.self_similarity = _cosine("self_similarity", self_similarity)
+        if not isinstance(soft, bool):
+            raise TypeError(f"soft must be True or False, got {type(soft).__name__}")
+        self.soft = soft
 
     def forward(self, embedding: Tensor, influence: Tensor) -> Tensor:
         """The loss of all nodes.
