@@ -1,6 +1,7 @@
 """The theorems of chapter similarity/pamc as properties; the losses against slow loops; limits, extremes and bad input."""
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -8,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 from sklearn.metrics import accuracy_score
 from sklearn.neighbors import kneighbors_graph
@@ -428,13 +428,11 @@ def test_cluster_kl_at_zeros():
 
 
 @few
-@given(seeds, st.integers(1, 6), st.integers(1, 6))
+@given(seeds, st.integers(1, 5), st.integers(1, 5))
 def test_accuracy_is_the_best_naming(seed, classes, clusters):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (30,), generator=generator)
     predicted = torch.randint(clusters, (30,), generator=generator)
-    from itertools import permutations
-
     size = max(classes, clusters)
     best = max(
         accuracy_score(labels, torch.tensor(name)[predicted]) for name in permutations(range(size))
@@ -724,10 +722,3 @@ def test_bad_dof():
             P.soft_assignment(Z, Z[:2], dof=dof)
         with pytest.raises((TypeError, ValueError), match="^dof must"):
             P.PamCLoss(Z[:2], alpha=1.0, beta=1.0, tau=1.0, dof=dof)
-
-
-def test_hungarian_import_is_scipys():
-    table = np.array([[2, 1], [0, 1]])
-    rows, columns = linear_sum_assignment(table, maximize=True)
-    labels, predicted = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
-    assert P.clustering_accuracy(labels, predicted) == table[rows, columns].sum() / 4

@@ -355,7 +355,9 @@ class _EdgeProducts(torch.autograd.Function):
         chunk = max(1, _EDGE_ELEMENTS // x.shape[1])
         total = None
         for i, j, grad in zip(*(part.split(chunk) for part in (rows, columns, grad_output)), strict=True):
-            part = grad[:, None] * x.index_select(0, j)  # vmap allows adding in place only to what has its dimension already
+            part = grad[:, None] * x.index_select(
+                0, j
+            )  # vmap allows adding in place only to what has its dimension already
             total = torch.zeros_like(x).index_add(0, i, part) if total is None else total.index_add_(0, i, part)
             total.index_add_(0, j, grad[:, None] * x.index_select(0, i))
         return total, None, None
