@@ -291,7 +291,8 @@ def meta_node_negative(
     centers = meta_nodes(embedding, assignment, num_clusters)
     tau, self_similarity = _checks.positive_number("tau", tau), _cosine("self_similarity", self_similarity)
     with torch.autocast(embedding.device.type, enabled=False):
-        used = _sum_by(assignment.detach(), num_clusters, torch.ones_like(centers[:1, 0].expand(len(embedding)))) > 0
+        ones = centers.new_ones(len(embedding))
+        used = _sum_by(assignment.detach(), num_clusters, ones) > 0
         rows = _log_partitions(_unit_rows(centers), tau, self_similarity, used=used)
         return rows.where(used, 0).sum() / used.sum()
 
@@ -575,7 +576,7 @@ def block_statistics(embedding: Tensor, labels: Tensor, num_clusters: int) -> Bl
     sizes = labels.bincount(minlength=num_clusters)
     parts = unit[labels.argsort()].split(sizes.tolist())
     mean = torch.stack([part.mean(0) for part in parts])
-    second = torch.stack([part.T @ part / len(part) if len(part) else part.new_full((part.shape[1],) * 2, math.nan) for part in parts]).flatten(1)  # fmt: skip
+    second = torch.stack([part.T @ part for part in parts]).flatten(1) / sizes[:, None]
     means = mean @ mean.T
     return BlockStatistics(sizes, mean.norm(dim=1), means, (second @ second.T - means**2).clamp(min=0))
 
