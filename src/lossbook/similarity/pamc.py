@@ -533,7 +533,16 @@ def sampled_contrast_loss(
 
 
 class BlockStatistics(NamedTuple):
-    """Of unit vectors in k clusters: ``sizes`` (k,), ``resultants`` (k,), ``means`` (k, k) and ``variances`` (k, k)."""
+    r"""What :func:`block_statistics` returns, for k clusters of unit vectors.
+
+    Args:
+        sizes: :math:`n_a`, int64 ``(k,)``.
+        resultants: :math:`R_a` in [0, 1], float64 ``(k,)``.
+        means: :math:`m_{ab}` in [-1, 1], float64 ``(k, k)``.
+        variances: :math:`\sigma_{ab}^2\ge0`, float64 ``(k, k)``.
+
+    Source: own (chapter, prop-pamc-inflation and prop-pamc-block).
+    """
 
     sizes: Tensor
     resultants: Tensor
@@ -614,7 +623,17 @@ def block_sum_bounds(statistics: BlockStatistics, *, tau: float) -> tuple[Tensor
 
 
 class NegativeGap(NamedTuple):
-    """``total`` and the four parts that add up to it: ``spread``, ``inflation``, ``sizes`` and ``diagonal``; each of shape ()."""
+    r"""What :func:`negative_gap` returns: the gap, and four parts that add up to it, each float64 of shape ``()``.
+
+    Args:
+        total: the exact negative term minus that of the meta-nodes minus :math:`\log(n/k)`.
+        spread: similarities within a pair of clusters are not all equal.
+        inflation: the cosine of sums is not the mean cosine.
+        sizes: each cluster counts once.
+        diagonal: the diagonals are replaced.
+
+    Source: own (chapter, thm-pamc-gap).
+    """
 
     total: Tensor
     spread: Tensor
