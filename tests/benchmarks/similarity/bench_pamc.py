@@ -59,6 +59,10 @@ def _time(names, n, repeats):
     return timed(*(lambda name=name: _step(losses[name], embedding) for name in names), repeats=repeats)
 
 
+def _times(name, sizes, repeats=5):
+    return [_time((name,), size, repeats)[0] for size in sizes]
+
+
 def _memory(name, n):
     small, losses = _losses(100)
     _step(losses[name], small)  # what the first call of each kernel allocates for good
@@ -70,27 +74,28 @@ def run() -> tuple[list[Row], list[Slope]]:
     """Rows and slopes of this file."""
     part, slug, rows, slopes = "similarity", "pamc", [], []
     in_fresh_process(_assert_equal)
-    for n, repeats in ((1000, 20), (2000, 10), (4000, 5), (8000, 3)):
-        for name in ("pamc_loss", "pairwise_contrast_loss"):
-            ours, peer = in_fresh_process(_time, (name, "dense"), n, repeats)
-            memory, peer_memory = (in_fresh_process(_memory, key, n) for key in (name, "dense"))
-            size = f"n = {n}"
-            rows.append(Row(part, slug, name, "dense exact loss", size, ours, peer, ours / peer, memory, peer_memory))
-    n = 100_000
-    (ours,) = in_fresh_process(_time, ("pamc_loss",), n, 5)
-    rows.append(Row(part, slug, "pamc_loss", "", f"n = {n}", ours, memory_mb=in_fresh_process(_memory, "pamc_loss", n)))
-    # From 10^3 on, time is first that of the calls and memory that of nothing: slopes are those of the upper ends, too.
-    for name, sizes, claim in (
-        ("pamc_loss", (1000, 10_000, 100_000), "at most 1"),
-        ("pamc_loss", (25_000, 50_000, 100_000), "1: linear in nodes and edges"),
-        ("pairwise_contrast_loss", (1000, 2000, 4000, 8000), "2: every pair is looked at"),
-    ):
-        times = [in_fresh_process(_time, (name,), size, 5)[0] for size in sizes]
-        slopes.append(Slope(name, "time", f"n = {sizes[0]} to {sizes[-1]}", exponent(sizes, times), claim))
-    for name, sizes, claim in (
-        ("pamc_loss", (25_000, 50_000, 100_000), "1: linear in nodes and edges"),
-        ("dense", (2000, 4000, 8000), "2: several n × n matrices"),
-    ):
-        memories = [in_fresh_process(_memory, name, size) for size in sizes]
-        slopes.append(Slope(name, "memory", f"n = {sizes[0]} to {sizes[-1]}", exponent(sizes, memories), claim))
+    names, sizes, dense = ("pamc_loss", "pairwise_contrast_loss", "dense"), (2000, 4000, 8000), []
+    for n in sizes:
+        *times, peer = in_fresh_process(_time, names, n, 5)
+        *memories, peer_memory = (in_fresh_process(_memory, name, n) for name in names)
+        dense.append(peer_memory)
+        for name, ours, memory in zip(names, times, memories, strict=False):
+            row = Row(part, slug, name, "dense exact loss", f"n = {n}", ours, peer, ours / peer, memory, peer_memory)
+            rows.append(row)
+    large = (25_000, 50_000, 100_000)
+    memories = [in_fresh_process(_memory, "pamc_loss", n) for n in large]
+    times = in_fresh_process(_times, "pamc_loss", large)
+    rows.append(Row(part, slug, "pamc_loss", "", f"n = {large[-1]}", times[-1], memory_mb=memories[-1]))
+
+    def slope(name, quantity, over, measured, claim):
+        slopes.append(Slope(name, quantity, f"n = {over[0]} to {over[-1]}", exponent(over, measured), claim))
+
+    # From 10^3 on, time is at first that of the calls; the slope at the upper end is nearer to the limit.
+    wide, narrow = (1000, 3000, 10_000, 30_000, 100_000), (1000, 2000, 4000, 8000)
+    slope("pamc_loss", "time", wide, in_fresh_process(_times, "pamc_loss", wide), "at most 1")
+    slope("pamc_loss", "time", large, times, "1: linear in nodes and edges")
+    exact = in_fresh_process(_times, "pairwise_contrast_loss", narrow)
+    slope("pairwise_contrast_loss", "time", narrow, exact, "2: every pair is looked at")
+    slope("pamc_loss", "memory", large, memories, "1: linear in nodes and edges")
+    slope("dense exact loss", "memory", sizes, dense, "2: several n × n matrices")
     return rows, slopes
