@@ -1,7 +1,7 @@
 """The theorems of chapter similarity/pamc as properties; the losses against slow loops; limits, extremes and bad input."""
 
 import math
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -729,3 +729,44 @@ def test_bad_dof():
             P.soft_assignment(Z, Z[:2], dof=dof)
         with pytest.raises((TypeError, ValueError), match="^dof must"):
             P.PamCLoss(Z[:2], alpha=1.0, beta=1.0, tau=1.0, dof=dof)
+
+
+def test_block_bounds_have_their_values():
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    statistics = P.block_statistics(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), labels, 2)
+    for tau in (0.3, 1.0, 2.5):
+        lower, hoeffding, bennett = P.block_sum_bounds(statistics, tau=tau)
+        for a, b in product(range(2), repeat=2):
+            base = math.log(statistics.sizes[a] * statistics.sizes[b]) + tau * statistics.means[a, b].item()
+            psi = (math.exp(2 * tau) - 1 - 2 * tau) / 4
+            assert lower[a, b].item() == pytest.approx(base, abs=1e-12)
+            assert hoeffding[a, b].item() == pytest.approx(base + tau**2 / 2, abs=1e-12)
+            assert bennett[a, b].item() == pytest.approx(
+                base + math.log(1 + statistics.variances[a, b].item() * psi), abs=1e-12
+            )
+
+
+def test_opposite_neighbors_at_a_large_tau():
+    z = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    influence = P.influence_matrix(torch.tensor([[0, 1], [1, 0]]), 1).double()
+    positive = P.neighborhood_positive(z, influence, tau=1000.0, self_similarity=-1.0)
+    assert positive.item() == pytest.approx(-1000, abs=1e-9)  # log(e^-1000 / 2 + e^-1000 / 2)
+    assert torch.autograd.grad(positive, z)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda z, q: P.meta_node_negative(z, torch.zeros_like(q), 2, tau=1.0),
+        lambda z, q: P.cluster_kl(2 * q, q),
+        lambda z, q: P.cluster_kl(q, q / 2),
+    ],
+)
+def test_weights_that_are_none(call):
+    with pytest.raises(ValueError, match="assignment|target"):
+        call(torch.eye(2), torch.full((2, 2), 0.5))
+
+
+def test_numbers_of_numpy_are_numbers():
+    z, labels = torch.eye(2), torch.tensor([0, 1])
+    assert P.meta_node_negative(z, labels, 2, tau=np.float64(1.0), self_similarity=np.float32(1.0)).isfinite()

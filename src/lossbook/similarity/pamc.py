@@ -47,7 +47,7 @@ def knn_graph(features: Tensor, num_neighbors: int) -> Tensor:
                 [1., 0., 1.],
                 [0., 1., 0.]])
     """
-    x = _finite("features", _checks.floating("features", features, 2)).detach().double()
+    x = _checks.finite("features", _checks.floating("features", features, 2)).detach().double()
     n = len(x)
     if _checks.positive_int("num_neighbors", num_neighbors) >= n:
         raise ValueError(f"num_neighbors must be below the number of rows, {n}, got {num_neighbors}")
@@ -146,30 +146,12 @@ def _edges(influence: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _finite(name: str, value: Tensor) -> Tensor:
-    if _checks.known_false(torch.isfinite(value)):
-        raise ValueError(f"{name} must be finite, got nan or inf")
-    return value
-
-
 def _embedding(embedding: Tensor) -> Tensor:
     """``embedding``, if it is finite and has no zero row, whose cosines would not exist."""
-    _finite("embedding", _checks.floating("embedding", embedding, 2))
+    _checks.finite("embedding", _checks.floating("embedding", embedding, 2))
     if _checks.known_false(embedding.detach().abs().amax(1) > 0):
         raise ValueError("embedding must have no zero row, since cosines need a direction")
     return embedding
-
-
-def _cosine(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not -1 <= value <= 1:
-        raise ValueError(f"{name} must lie in [-1, 1], got {value}")
-    return float(value)
-
-
-def _non_negative(name: str, value: float) -> float:
-    return 0.0 if value == 0 and not isinstance(value, bool | Tensor) else _checks.positive_number(name, value)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -243,7 +225,7 @@ def meta_nodes(embedding: Tensor, assignment: Tensor, num_clusters: int) -> Tens
                 [0., 0.],
                 [0., 1.]])
     """
-    _finite("embedding", _checks.floating("embedding", embedding, 2))
+    _checks.finite("embedding", _checks.floating("embedding", embedding, 2))
     assignment = _assignment(assignment, len(embedding), num_clusters)
     with torch.autocast(embedding.device.type, enabled=False):
         return _sum_by(assignment, num_clusters, _wide(embedding))
@@ -289,10 +271,15 @@ def meta_node_negative(
         tensor(0.6931)
     """
     centers = meta_nodes(embedding, assignment, num_clusters)
-    tau, self_similarity = _checks.positive_number("tau", tau), _cosine("self_similarity", self_similarity)
+    tau, self_similarity = (
+        _checks.positive_number("tau", tau),
+        _checks.number("self_similarity", self_similarity, -1, 1),
+    )
     with torch.autocast(embedding.device.type, enabled=False):
         ones = centers.new_ones(len(embedding))
         used = _sum_by(assignment.detach(), num_clusters, ones) > 0
+        if _checks.known_false(used.any()):
+            raise ValueError("assignment must give some weight to some cluster, got zeros only")
         rows = _log_partitions(_unit_rows(centers), tau, self_similarity, used=used)
         return rows.where(used, 0).sum() / used.sum()
 
@@ -323,7 +310,10 @@ def pairwise_negative(
         tensor(1.3863)
     """
     _embedding(embedding)
-    tau, self_similarity = _checks.positive_number("tau", tau), _cosine("self_similarity", self_similarity)
+    tau, self_similarity = (
+        _checks.positive_number("tau", tau),
+        _checks.number("self_similarity", self_similarity, -1, 1),
+    )
     with torch.autocast(embedding.device.type, enabled=False):
         return _log_partitions(_unit_rows(embedding), tau, self_similarity, chunk_size=chunk_size).mean()
 
@@ -396,7 +386,10 @@ def neighborhood_positive(embedding: Tensor, influence: Tensor, *, tau: float, s
         tensor(0.6201)
     """
     _embedding(embedding)
-    tau, self_similarity = _checks.positive_number("tau", tau), _cosine("self_similarity", self_similarity)
+    tau, self_similarity = (
+        _checks.positive_number("tau", tau),
+        _checks.number("self_similarity", self_similarity, -1, 1),
+    )
     with torch.autocast(embedding.device.type, enabled=False):
         unit = _unit_rows(embedding)
         rows, columns, weights = _edges(influence, len(unit), unit.dtype)
@@ -554,7 +547,7 @@ class BlockStatistics(NamedTuple):
 def block_statistics(embedding: Tensor, labels: Tensor, num_clusters: int) -> BlockStatistics:
     r"""Cluster sizes, resultant lengths, and the mean and variance of similarity in each pair of clusters (eq-pamc-block, eq-pamc-variance).
 
-    With the rows normalized, :math:`R_a=\|\bar z_a\|`, :math:`m_{ab}=\bar z_a^\top\bar z_b` and :math:`\sigma_{ab}^2=\mathrm{tr}(S_aS_b)-m_{ab}^2`, where :math:`S_a` is the mean of
+    With the rows normalized, :math:`R_a=\|\bar z_a\|`, :math:`m_{ab}=\bar z_a^\top\bar z_b` and :math:`\sigma_{ab}^2=\mathrm{tr}(\Sigma_a\Sigma_b)-m_{ab}^2`, where :math:`\Sigma_a` is the mean of
     :math:`z_iz_i^\top` over the cluster. All :math:`n_an_b` pairs count, those of a node with itself included.
 
     Args:
@@ -727,8 +720,8 @@ def soft_assignment(embedding: Tensor, centers: Tensor, *, dof: float = 1.0) -> 
         tensor([[0.8333, 0.1667],
                 [0.5000, 0.5000]])
     """
-    _finite("embedding", _checks.floating("embedding", embedding, 2))
-    _finite("centers", _checks.floating("centers", centers, 2))
+    _checks.finite("embedding", _checks.floating("embedding", embedding, 2))
+    _checks.finite("centers", _checks.floating("centers", centers, 2))
     if centers.shape[1] != embedding.shape[1] or centers.dtype != embedding.dtype:
         raise ValueError(
             f"centers must have {embedding.shape[1]} columns of {embedding.dtype} like embedding, "
@@ -804,6 +797,9 @@ def cluster_kl(assignment: Tensor, target: Tensor) -> Tensor:
     _distribution("assignment", assignment)
     _checks.like("target", target, "assignment", assignment, 2)
     _distribution("target", target)
+    for name, value in (("assignment", assignment), ("target", target)):
+        if _checks.known_false((value.detach().sum(1) - 1).abs() < 1e-3):
+            raise ValueError(f"{name} must have rows that sum to 1")
     positive = target > 0
     log_ratio = target.where(positive, 1).log() - assignment.where(positive, 1).log()
     return (target * log_ratio).sum(1).mean()
@@ -853,11 +849,11 @@ class PamCLoss(nn.Module):
         soft: bool = False,
     ):
         super().__init__()
-        _finite("centers", _checks.floating("centers", centers, 2))
+        _checks.finite("centers", _checks.floating("centers", centers, 2))
         self.centers = nn.Parameter(centers.detach().clone())
-        self.alpha, self.beta = _non_negative("alpha", alpha), _non_negative("beta", beta)
+        self.alpha, self.beta = _checks.number("alpha", alpha, 0), _checks.number("beta", beta, 0)
         self.tau, self.dof = _checks.positive_number("tau", tau), _checks.positive_number("dof", dof)
-        self.self_similarity = _cosine("self_similarity", self_similarity)
+        self.self_similarity = _checks.number("self_similarity", self_similarity, -1, 1)
         if not isinstance(soft, bool):
             raise TypeError(f"soft must be True or False, got {type(soft).__name__}")
         self.soft = soft
