@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lossbook.ops import streamed as streamed_module
-from lossbook.ops import streamed_logsumexp, token_logprobs
+from lossbook.ops import streamed_logsumexp, streamed_topk, token_logprobs
 
 
 def dense_logsumexp(queries, keys, temperature=1.0, bias=None, mask=None, exclude=None):
@@ -258,3 +258,16 @@ def test_token_logprobs_bad_input(change, error, name):
     arguments = {"hidden": torch.ones(2, 3), "weight": torch.ones(4, 3), "targets": torch.tensor([0, 1])} | change
     with pytest.raises(error, match=name):
         token_logprobs(**arguments)
+
+
+def test_backward_inside_of_autocast_is_that_outside():
+    q, k = (torch.randn(6, 5, requires_grad=True) for _ in range(2))
+    for function in (
+        lambda: streamed_logsumexp(q, k, temperature=0.1, chunk_size=4).sum(),
+        lambda: streamed_topk(q, k, 2, chunk_size=4)[0].sum(),
+        lambda: token_logprobs(q, k, torch.arange(6), chunk_size=4).sum(),
+    ):
+        outside = torch.autograd.grad(function(), (q, k))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = torch.autograd.grad(function(), (q, k))
+        torch.testing.assert_close(inside, outside, rtol=0, atol=0)

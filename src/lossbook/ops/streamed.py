@@ -70,18 +70,19 @@ class _StreamedLogSumExp(torch.autograd.Function):
         queries, keys, bias, mask, exclude, logsumexp = ctx.saved_tensors
         need_queries, need_keys, need_bias = ctx.needs_input_grad[:3]
         grad_queries, grad_keys, grad_bias = [], None, None
-        for start in range(0, queries.shape[0], ctx.chunk_rows):
-            rows_of = _slicer(start, ctx.chunk_rows)
-            q, grad = rows_of(queries), rows_of(grad_output)
-            softmax = _softmax_(_logits(q, keys, bias, rows_of(mask), rows_of(exclude)), rows_of(logsumexp))
-            if need_bias:
-                part = grad @ softmax
-                grad_bias = part if grad_bias is None else grad_bias + part
-            softmax = softmax.to(q.dtype)
-            if need_queries:
-                grad_queries.append((softmax @ keys) * grad[:, None].to(q.dtype))
-            if need_keys:
-                grad_keys = _accumulated(grad_keys, softmax.T, q * grad[:, None].to(q.dtype), grad.dtype)
+        with torch.autocast(queries.device.type, enabled=False):  # as forward, wherever backward is called
+            for start in range(0, queries.shape[0], ctx.chunk_rows):
+                rows_of = _slicer(start, ctx.chunk_rows)
+                q, grad = rows_of(queries), rows_of(grad_output)
+                softmax = _softmax_(_logits(q, keys, bias, rows_of(mask), rows_of(exclude)), rows_of(logsumexp))
+                if need_bias:
+                    part = grad @ softmax
+                    grad_bias = part if grad_bias is None else grad_bias + part
+                softmax = softmax.to(q.dtype)
+                if need_queries:
+                    grad_queries.append((softmax @ keys) * grad[:, None].to(q.dtype))
+                if need_keys:
+                    grad_keys = _accumulated(grad_keys, softmax.T, q * grad[:, None].to(q.dtype), grad.dtype)
         return (
             torch.cat(grad_queries) if need_queries else None,
             grad_keys.to(keys.dtype) if need_keys else None,

@@ -32,14 +32,15 @@ class _StreamedTopK(torch.autograd.Function):
     def backward(ctx, grad_values, _):
         queries, keys, indices = ctx.saved_tensors
         grad_queries, grad_keys = [], torch.zeros_like(keys) if ctx.needs_input_grad[1] else None
-        for start in range(0, queries.shape[0], ctx.chunk_rows):
-            rows = slice(start, start + ctx.chunk_rows)
-            grad = grad_values[rows]
-            grad = grad.new_zeros(len(grad), len(keys)).scatter(1, indices[rows], grad)  # k entries a row
-            if ctx.needs_input_grad[0]:
-                grad_queries.append(grad @ keys)
-            if grad_keys is not None:
-                grad_keys = grad_keys + grad.T @ queries[rows]
+        with torch.autocast(queries.device.type, enabled=False):  # as forward, wherever backward is called
+            for start in range(0, queries.shape[0], ctx.chunk_rows):
+                rows = slice(start, start + ctx.chunk_rows)
+                grad = grad_values[rows]
+                grad = grad.new_zeros(len(grad), len(keys)).scatter(1, indices[rows], grad)  # k entries a row
+                if ctx.needs_input_grad[0]:
+                    grad_queries.append(grad @ keys)
+                if grad_keys is not None:
+                    grad_keys = grad_keys + grad.T @ queries[rows]
         return torch.cat(grad_queries) if grad_queries else None, grad_keys, None, None, None
 
 
