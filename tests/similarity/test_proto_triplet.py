@@ -376,6 +376,10 @@ def test_classic_score_by_hand():
     variance_term = 1 - friends.var() - enemies.var()
     score = (sum(per_point) / 12 + variance_term + 9 / 12) / 3
     assert P.icnn_score_classic(moved, CLASSES, k=2, p=1, q=1, r=1).item() == pytest.approx(score.item())
+    score = (
+        (5 * math.sqrt(0.5) + 1) / 6 + variance_term ** (1 / 3) + (4 + 0.5**0.25) / 6
+    ) / 3  # purities 1 1 0 1/2 1 1
+    assert P.icnn_score_classic(moved, CLASSES, k=2, p=2, q=3, r=4).item() == pytest.approx(score.item())
 
 
 @few
@@ -484,8 +488,9 @@ def test_a_reference_drops_nobody():
 
 
 def test_chunks_of_the_search_change_nothing(monkeypatch):
-    points, labels = scattered(5)
+    points, labels = scattered(5, spread=2.0)
     whole = P.icnn_parts(points, labels, k=3, num_neighbors=5)
+    assert whole.gamma < 1
     for elements in (1, 2 * len(points), 7 * len(points) + 3):
         monkeypatch.setattr(P, "_CHUNK_ELEMENTS", elements)
         assert P.icnn_parts(points, labels, k=3, num_neighbors=5) == whole
@@ -494,9 +499,10 @@ def test_chunks_of_the_search_change_nothing(monkeypatch):
 # --- together ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.02])
 @pytest.mark.parametrize(("shot", "queries"), [(1, 1), (1, 5), (5, 3), (6, 1)])
-def test_episodic_loss_is_the_mean_of_its_terms(shot, queries):
-    support, s, z, q = clouds(2, way=4, shot=shot, queries=queries)
+def test_episodic_loss_is_the_mean_of_its_terms(shot, queries, spread):
+    support, s, z, q = clouds(2, way=4, shot=shot, queries=queries, spread=spread)
     c, own = P.class_prototypes(support, s, 4), torch.arange(4)
 
     def count(friends):
