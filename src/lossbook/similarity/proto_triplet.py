@@ -24,21 +24,18 @@ from lossbook import _checks
 
 
 class Episode(NamedTuple):
-    """A few-shot task, as :func:`sample_episode` draws it.
-
-    Attributes:
-        support: the labeled items, shape ``(way * shot, ...)``, class after class.
-        support_labels: int64, shape ``(way * shot,)``, from 0 to way - 1.
-        queries: the items to be classified, none of them in ``support``, class after class.
-        query_labels: int64, one for each query, from 0 to way - 1.
-        classes: int64, shape ``(way,)``: the label in the data set of each of the episode's classes.
-    """
+    """A few-shot task, as :func:`sample_episode` draws it."""
 
     support: Tensor
+    """The labeled items, shape ``(way * shot, ...)``, class after class."""
     support_labels: Tensor
+    """int64, shape ``(way * shot,)``, from 0 to way - 1."""
     queries: Tensor
+    """The items to be classified, none of them in ``support``, class after class."""
     query_labels: Tensor
+    """int64, one for each query, from 0 to way - 1."""
     classes: Tensor
+    """int64, shape ``(way,)``: the label in the data set of each of the episode's classes."""
 
 
 def sample_episode(
@@ -354,17 +351,14 @@ def _neighborhood(
 
 
 class IcnnParts(NamedTuple):
-    """The three terms of the score, each of shape ``()`` and between 0 and 1.
-
-    Attributes:
-        lambda_intra: one minus the mean relative distance of same-class neighbors (eq-proto_triplet-intra).
-        lambda_inter: mean relative distance of neighbors of other classes (eq-proto_triplet-inter).
-        gamma: share of same-class neighbors, without gradient (eq-proto_triplet-purity).
-    """
+    """The three terms of the score, each of shape ``()`` and between 0 and 1."""
 
     lambda_intra: Tensor
+    """One minus the mean relative distance of same-class neighbors (eq-proto_triplet-intra)."""
     lambda_inter: Tensor
+    """Mean relative distance of neighbors of other classes (eq-proto_triplet-inter)."""
     gamma: Tensor
+    """Share of same-class neighbors, without gradient (eq-proto_triplet-purity)."""
 
 
 def icnn_parts(
