@@ -541,6 +541,17 @@ def test_episodic_k():
     )
 
 
+def test_episodic_neighbors_reach_past_the_largest_class():
+    # Ten points of two classes, two and eight: only the eighth neighbor shows the larger class an enemy.
+    s, q = torch.arange(2), torch.tensor([0] + 7 * [1])
+    draw = torch.randn(10, 2, generator=generator_of(4), dtype=torch.float64)
+    labels = torch.cat([s, q])
+    points = draw + 50 * labels[:, None]
+    loss = P.episodic_loss(points[:2], s, points[2:], q, terms=["icnn"], k=1)
+    assert loss == P.icnn_loss(points, labels, k=1, num_neighbors=8)
+    assert loss != P.icnn_loss(points, labels, k=1, num_neighbors=7)
+
+
 # --- gradients, dtypes, transforms ------------------------------------------------------------------------------------
 
 
@@ -563,6 +574,26 @@ def test_extremes_in_float32(scale):
     loss = loss + P.episodic_loss(support, s, z, q, terms=("ce",), temperature=scale**2 + 1)
     loss.backward()
     assert loss.isfinite() and support.grad.isfinite().all() and z.grad.isfinite().all()
+
+
+def test_margin_errors_name_the_bound():
+    with pytest.raises(ValueError, match=r"^margin must be finite and >= 0, got -1"):
+        P.proto_triplet_loss(S, Y, C, margin=-1)
+    assert P.proto_triplet_loss(C, torch.arange(3), C, margin=0) == 0
+
+
+def test_the_largest_coordinates_in_float32():
+    edge = 0.99 * math.sqrt(torch.finfo(F32).max / 2) / 2
+    z = edge * torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]]).requires_grad_()
+    assert P.icnn_loss(z, torch.tensor([0, 1, 0])).isfinite()
+    assert P.proto_triplet_loss(z, torch.arange(3), z.detach().flip(0)).isfinite()
+    with pytest.raises(ValueError, match=r"^embedding must be at most"):
+        P.icnn_loss(1.1 * z, torch.tensor([0, 1, 0]))
+
+
+def test_half_precision_mixes_with_single():
+    support, s, z, q = clouds(12, dtype=torch.bfloat16)
+    torch.testing.assert_close(P.episodic_loss(support, s, z.float(), q), P.episodic_loss(support, s, z, q))
 
 
 def test_small_distances_far_from_the_origin():
@@ -675,6 +706,9 @@ NAN, INF = torch.full((6, 2), math.nan), torch.full((6, 2), math.inf)
         ("labels", lambda: P.proto_triplet_loss(S, Y[:1], C)),
         ("margin", lambda: P.proto_triplet_loss(S, Y, C, margin=-0.1)),
         ("margin", lambda: P.proto_triplet_loss(S, Y, C, margin=math.nan)),
+        ("margin", lambda: P.proto_triplet_loss(S, Y, C, margin=math.inf)),
+        ("queries", lambda: P.proto_triplet_loss(S + 1e19, Y, C)),
+        ("embedding", lambda: P.icnn_score(S - 1e19, Y)),
         ("reduction", lambda: P.proto_triplet_loss(S, Y, C, reduction=None)),
         ("embedding", lambda: P.icnn_score(S[0], Y)),
         ("embedding", lambda: P.icnn_score(NAN, Y)),
@@ -726,6 +760,10 @@ def test_bad_input(argument, call):
         ("margin", lambda: P.proto_triplet_loss(S, Y, C, margin="0.5")),
         ("margin", lambda: P.proto_triplet_loss(S, Y, C, margin=None)),
         ("margin", lambda: P.proto_triplet_loss(S, Y, C, margin=[0.5])),
+        ("margin", lambda: P.proto_triplet_loss(S, Y, C, margin=torch.tensor(0.5))),
+        ("queries", lambda: P.proto_triplet_loss(S.double(), Y, C)),
+        ("queries", lambda: P.prototypical_loss(S, Y, C.double())),
+        ("y", lambda: P.euclidean_distance(S, S.double())),
         ("embedding", lambda: P.icnn_parts(None, Y)),
         ("labels", lambda: P.icnn_parts(S, None)),
         ("k", lambda: P.icnn_parts(S, Y, k=4.0)),
@@ -733,7 +771,11 @@ def test_bad_input(argument, call):
         ("num_neighbors", lambda: P.icnn_parts(S, Y, num_neighbors="5")),
         ("num_neighbors", lambda: P.icnn_parts(S, Y, num_neighbors=True)),
         ("reference", lambda: P.icnn_parts(S, Y, reference=S.tolist(), reference_labels=Y)),
+        ("reference", lambda: P.icnn_parts(S, Y, reference=S.double(), reference_labels=Y)),
         ("q", lambda: P.icnn_score_classic(S, Y, q=None)),
+        ("queries", lambda: P.episodic_loss(S, Y, S.double(), Y)),
+        ("terms", lambda: P.episodic_loss(S, Y, S, Y, terms=[["ce"]])),
+        ("terms", lambda: P.episodic_loss(S, Y, S, Y, terms=["ce", None])),
         ("terms", lambda: P.episodic_loss(S, Y, S, Y, terms="ce")),
         ("terms", lambda: P.episodic_loss(S, Y, S, Y, terms=None)),
         ("support", lambda: P.episodic_loss(None, Y, S, Y)),

@@ -7,8 +7,11 @@ Equation labels are those of the chapter ``similarity/proto_triplet``.
 
 Notation: embeddings ``(n, d)`` are not normalized; ``support`` are the labeled points of an episode, ``queries`` those to be
 classified, ``prototypes`` (N, d) the class means; row :math:`a` of ``prototypes`` is class :math:`a`. Logs are natural.
+Coordinates must be finite, and so must squared distances: in float32, coordinates of up to :math:`9\cdot10^{18}/\sqrt d`. Half
+precision is computed in float32; tensors that are compared must otherwise share a dtype.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -127,13 +130,17 @@ _SMOOTHING = 1e-6
 
 
 def _points(name: str, value: Tensor, like: tuple[str, Tensor] | None = None) -> Tensor:
-    """``value`` in float32 or wider, if it is ``(n, d)`` and finite, with the d of ``like``: 1e-6 is below half precision."""
+    """``value`` in float32 or wider, as 1e-6 needs, if it is ``(n, d)``, with the d and dtype of ``like``, and in range."""
     _checks.floating(name, value, 2)
     if like is not None and value.shape[1] != like[1].shape[1]:
         raise ValueError(f"{name} must have {like[1].shape[1]} columns like {like[0]}, got shape {tuple(value.shape)}")
-    if _checks.known_false(torch.isfinite(value)):
-        raise ValueError(f"{name} must be finite, got {value.detach()[~torch.isfinite(value)][0]}")
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    value = _checks.finite(name, value).to(torch.promote_types(value.dtype, torch.float32))
+    if like is not None and value.dtype != like[1].dtype:
+        raise TypeError(f"{name} must have the dtype of {like[0]}, {like[1].dtype}, got {value.dtype}")
+    largest = math.sqrt(torch.finfo(value.dtype).max / value.shape[1]) / 2
+    if _checks.known_false(value.abs() <= largest):
+        raise ValueError(f"{name} must be at most {largest:.2g} in size, for finite squared distances in {value.dtype}")
+    return value
 
 
 def _labels(name: str, labels: Tensor, points: tuple[str, Tensor], num_classes: int | None = None) -> Tensor:
@@ -287,8 +294,7 @@ def proto_triplet_loss(
         tensor(1.2500)
     """
     queries, prototypes = _episode(queries, labels, prototypes, least=2)
-    if isinstance(margin, bool) or margin != 0:
-        margin = _checks.positive_number("margin", margin)
+    margin = _checks.number("margin", margin, 0.0)
     distance = euclidean_distance(queries, prototypes)
     own = distance.gather(1, labels[:, None])
     nearest_wrong = distance.scatter(1, labels[:, None], torch.inf).amin(1)
@@ -530,8 +536,8 @@ def icnn_score_classic(
     per_point = (friend * (1 - scaled) + (1 - friend) * scaled).sum(1)
     best = per_point.amax()
     distance_term = (per_point / torch.where(best > 0, best, 1)).pow(1 / p).mean()
-    variances = sum((weight * scaled).var() for weight in (friend, 1 - friend)) if near.numel() > 1 else 0
-    variance_term = (1 - variances).clamp(min=0).pow(1 / q)
+    variances = (friend * scaled).var() + ((1 - friend) * scaled).var()  # of at least 3 numbers in [0, 1]: at most 3/4
+    variance_term = (1 - variances).pow(1 / q)
     return (distance_term + variance_term + friend.mean(1).pow(1 / r).mean()) / 3
 
 
@@ -587,6 +593,8 @@ def episodic_loss(
     """
     if isinstance(terms, str) or not isinstance(terms, Sequence):
         raise TypeError(f"terms must be a sequence of names, got {type(terms).__name__}")
+    if not all(isinstance(term, str) for term in terms):
+        raise TypeError(f"terms must be names, got {list(terms)}")
     if not terms or len(set(terms)) < len(terms) or not set(terms) <= set(TERMS):
         raise ValueError(f"terms must be different names out of {TERMS}, got {tuple(terms)}")
     k = _checks.positive_int("k", k)
