@@ -27,7 +27,18 @@ from lossbook import _checks
 
 
 class Episode(NamedTuple):
-    """A few-shot task, as :func:`sample_episode` draws it."""
+    """A few-shot task, as :func:`sample_episode` draws it.
+
+    Args:
+        support, support_labels, queries, query_labels, classes: the fields, described one by one below.
+
+    Source: Vinyals et al. 2016; def-proto_triplet-episode.
+
+    Example:
+        >>> episode = sample_episode(torch.rand(8, 3), torch.arange(2).repeat(4), way=2, shot=1, queries=3)
+        >>> episode.support.shape, episode.query_labels.tolist()
+        (torch.Size([2, 3]), [0, 0, 0, 1, 1, 1])
+    """
 
     support: Tensor
     """The labeled items, shape ``(way * shot, ...)``, class after class."""
@@ -357,7 +368,18 @@ def _neighborhood(
 
 
 class IcnnParts(NamedTuple):
-    """The three terms of the score, each of shape ``()`` and between 0 and 1."""
+    """The three terms of the score, each of shape ``()`` and between 0 and 1.
+
+    Args:
+        lambda_intra, lambda_inter, gamma: the fields, described one by one below.
+
+    Source: Mendez-Ruiz et al., ICNN loss; def-proto_triplet-icnn.
+
+    Example:
+        >>> parts = icnn_parts(torch.rand(6, 2), torch.zeros(6, dtype=torch.int64), k=2)  # one class: no enemy
+        >>> tuple(part.item() for part in parts)
+        (1.0, 1.0, 1.0)
+    """
 
     lambda_intra: Tensor
     """One minus the mean relative distance of same-class neighbors (eq-proto_triplet-intra)."""

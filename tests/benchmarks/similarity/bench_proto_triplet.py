@@ -79,7 +79,7 @@ def run() -> tuple[list[Row], list[Slope]]:
         rows.append(Row(part, slug, "proto_triplet_loss", "pytorch-metric-learning", size, ours, peer, ours / peer))
     ours, dense = in_fresh_process(_icnn, 20, 20, 64, 10)
     rows.append(Row(part, slug, "icnn_loss", "dense autograd", "20 classes × 20, d = 64", ours, dense, ours / dense))
-    numbers = (2000, 4000, 8000, 16000)
+    numbers = (1000, 2000, 4000, 8000)
     times, memories = zip(*(in_fresh_process(_icnn_alone, number) for number in numbers), strict=True)
     span = f"n = {numbers[0]} … {numbers[-1]}, d = 64, K = 20"
     slopes = [
