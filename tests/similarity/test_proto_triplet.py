@@ -13,6 +13,8 @@ from lossbook.similarity import proto_triplet as P
 seeds = st.integers(0, 2**31)
 F32 = torch.float32
 few = settings(deadline=None, max_examples=50)
+S, Y, C = torch.zeros(6, 2), torch.arange(3).repeat(2), torch.eye(3)[:, :2]
+NAN, INF = torch.full((6, 2), math.nan), torch.full((6, 2), math.inf)
 
 
 def generator_of(seed):
@@ -582,6 +584,12 @@ def test_margin_errors_name_the_bound():
     assert P.proto_triplet_loss(C, torch.arange(3), C, margin=0) == 0
 
 
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_nan_and_infinity_are_called_so(bad):
+    with pytest.raises(ValueError, match=r"^embedding must be finite, got NaN or infinity$"):
+        P.icnn_score(bad, Y)
+
+
 def test_the_largest_coordinates_in_float32():
     edge = 0.99 * math.sqrt(torch.finfo(F32).max / 2) / 2
     z = edge * torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]]).requires_grad_()
@@ -674,9 +682,6 @@ def test_peer_of_the_triplet_loss():
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
-
-S, Y, C = torch.zeros(6, 2), torch.arange(3).repeat(2), torch.eye(3)[:, :2]
-NAN, INF = torch.full((6, 2), math.nan), torch.full((6, 2), math.inf)
 
 
 @pytest.mark.parametrize(
