@@ -40,6 +40,8 @@ POINTS = {
     "temperature_gradients": 3,
     "temperature_penalty": 2,
     "temperature_share": 3,
+    "proto_triplet_loss": 3,
+    "proto_triplet_score": 2,
 }
 FUNCTIONS = {
     "groco_layer": "soft_layer",
@@ -53,6 +55,8 @@ FUNCTIONS = {
     "temperature_gradients": "loss_and_gradients",
     "temperature_penalty": "relative_penalty",
     "temperature_share": "temperature_for_share",
+    "proto_triplet_loss": "proto_triplet_loss",
+    "proto_triplet_score": "line_score",
 }
 ALL = sum(POINTS.values())
 # Questions are graded in the order of their names, so these count although the next one never ends.
@@ -185,6 +189,9 @@ WRONG = {
         "as_many_as_labels": """
             count = int(labels.max()) + 1
             return embedding.new_zeros(count, embedding.shape[1]).index_add(0, labels, embedding)""",
+        "one_hot": """
+            onehot = torch.nn.functional.one_hot(labels, num_clusters).to(embedding.dtype)
+            return onehot.T @ embedding""",
     },
     "pamc_negative": {
         "true_diagonal": """
@@ -263,6 +270,57 @@ WRONG = {
             logits = torch.cat([positive[:, None], negatives], dim=1) / temperature
             push = torch.softmax(logits, dim=1)[:, 1:] / len(positive)
             return (torch.logsumexp(logits, dim=1) - logits[:, 0]).mean(), -push.sum(dim=1), push""",
+    },
+    "proto_triplet_loss": {
+        "no_gradient_on_a_prototype": """
+            distance = (queries[:, None] - prototypes).square().sum(dim=2).sqrt()
+            own = distance.gather(1, labels[:, None]).squeeze(1)
+            wrong = distance.scatter(1, labels[:, None], torch.inf).amin(dim=1)
+            return torch.relu(own - wrong + margin).mean()""",
+        "squared": """
+            distance = (queries[:, None] - prototypes).square().sum(dim=2) + 1e-6
+            own = distance.gather(1, labels[:, None]).squeeze(1)
+            wrong = distance.scatter(1, labels[:, None], torch.inf).amin(dim=1)
+            return torch.relu(own - wrong + margin).mean()""",
+        "nearest_of_all": """
+            distance = ((queries[:, None] - prototypes).square().sum(dim=2) + 1e-6).sqrt()
+            own = distance.gather(1, labels[:, None]).squeeze(1)
+            return torch.relu(own - distance.amin(dim=1) + margin).mean()""",
+        "hinge_of_the_mean": """
+            distance = ((queries[:, None] - prototypes).square().sum(dim=2) + 1e-6).sqrt()
+            own = distance.gather(1, labels[:, None]).squeeze(1)
+            wrong = distance.scatter(1, labels[:, None], torch.inf).amin(dim=1)
+            return torch.relu((own - wrong + margin).mean())""",
+        "mean_of_the_wrong": """
+            distance = ((queries[:, None] - prototypes).square().sum(dim=2) + 1e-6).sqrt()
+            own = distance.gather(1, labels[:, None]).squeeze(1)
+            wrong = (distance.sum(dim=1) - own) / (len(prototypes) - 1)
+            return torch.relu(own - wrong + margin).mean()""",
+        "fixed_prototypes": """
+            distance = ((queries[:, None] - prototypes.detach()).square().sum(dim=2) + 1e-6).sqrt()
+            own = distance.gather(1, labels[:, None]).squeeze(1)
+            wrong = distance.scatter(1, labels[:, None], torch.inf).amin(dim=1)
+            return torch.relu(own - wrong + margin).mean()""",
+    },
+    "proto_triplet_score": {
+        "fits_the_example": """
+            if not (spacing > 0 and gap > 2 * spacing):
+                raise ValueError("gap")
+            return 0.962616""",
+        "other_class_at_the_gap": """
+            if not (spacing > 0 and gap > 2 * spacing):
+                raise ValueError("gap")
+            return float(1 - np.mean(spacing * np.array([1.5, 1.0, 1.5]) / (gap + spacing)) / 4)""",
+        "nearest_friend": """
+            if not (spacing > 0 and gap > 2 * spacing):
+                raise ValueError("gap")
+            return float(1 - np.mean(spacing / (gap + spacing * np.arange(3))) / 4)""",
+        "one_half_of_the_terms": """
+            if not (spacing > 0 and gap > 2 * spacing):
+                raise ValueError("gap")
+            return float(1 - np.mean(spacing * np.array([1.5, 1.0, 1.5]) / (gap + spacing * np.arange(3))) / 2)""",
+        "any_gap": """
+            return float(1 - np.mean(spacing * np.array([1.5, 1.0, 1.5]) / (gap + spacing * np.arange(3))) / 4)""",
     },
 }
 
