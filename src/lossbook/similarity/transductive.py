@@ -683,7 +683,7 @@ def update_prototypes(
         kind: "means", "modes" or "points".
         bandwidth: :math:`\sigma>0`, as in :func:`prototype_costs`.
         previous: shape ``(..., K, d)``; needed by "modes", and where a class has no mass.
-        tolerance: mean-shift stops when no prototype moves further than this.
+        tolerance: a prototype's mean-shift stops when it moves no further than this.
         max_iterations: mean-shift steps at most.
 
     Returns:
@@ -729,12 +729,13 @@ def update_prototypes(
         index = assignment.argmax(-2)[..., None].expand(*assignment.shape[:-2], -1, features.shape[-1])
         new = features.gather(-2, index)
     else:
-        new, log_s = previous, _log(assignment)
+        new, log_s, moving = previous, _log(assignment), torch.ones_like(mass, dtype=torch.bool)
         for _ in range(max_iterations):
             # In the log domain: far from every point the kernels underflow, and their ratios do not.
             logits = log_s - _squared_distances(features, new) / (2 * bandwidth**2)
-            before, new = new, average(torch.softmax(logits, dim=-2))
-            if not torch.compiler.is_compiling() and bool(((new - before).norm(dim=-1) <= tolerance).all()):
+            before, new = new, average(torch.softmax(logits, dim=-2)).where(moving, new)
+            moving = (new - before).norm(dim=-1, keepdim=True) > tolerance  # each prototype stops on its own
+            if not torch.compiler.is_compiling() and not bool(moving.any()):
                 break
     return new if previous is None else torch.where(mass > 0, new, previous)
 
