@@ -452,17 +452,17 @@ def _damping(affinity: Tensor | None, weight: float, proximal: float | None) -> 
     return ((weight * degree - 1) / 2).clamp(min=0)[..., None]
 
 
-def _step(assignment, log_assignment, unary, vote, weight, complexity, fixed, clamped, damping):
-    """The next assignment, and its log."""
+def _step(assignment, log_assignment, unary, vote, weight, complexity, fixed, log_clamped, damping):
+    """The next assignment, and its log; rows where ``fixed`` is true are the support's."""
     logits = -unary if vote is None else weight * vote - unary
     if complexity:
         logits = logits + complexity * _log(_prior(assignment, fixed)[0])
     if isinstance(damping, Tensor) or damping:
         logits = (logits + damping * log_assignment) / (1 + damping)
-    log_new = torch.log_softmax(logits, dim=-1)
-    if fixed is None:
-        return log_new.exp(), log_new
-    return clamped.where(fixed, log_new.exp()), _log(clamped).where(fixed, log_new)
+    log_new = logits - logits.logsumexp(-1, keepdim=True)  # several times faster than log_softmax where K is small
+    if fixed is not None:
+        log_new = log_clamped.where(fixed, log_new)
+    return log_new.exp(), log_new
 
 
 def bound_update(
@@ -511,8 +511,8 @@ def bound_update(
     _rows("assignment", assignment, unary.shape, "unary")
     fixed, clamped = _support(support_mask, support_assignment, unary)
     damping = _damping(affinity, weight, proximal)
-    vote = _smooth(affinity, assignment)
-    return _step(assignment, _log(assignment), unary, vote, weight, complexity, fixed, clamped, damping)[0]
+    vote, log_clamped = _smooth(affinity, assignment), None if fixed is None else _log(clamped)
+    return _step(assignment, _log(assignment), unary, vote, weight, complexity, fixed, log_clamped, damping)[0]
 
 
 @torch.no_grad()
@@ -567,12 +567,12 @@ def laplacian_assignment(
         raise TypeError(f"check_monotone must be a bool, got {type(check_monotone).__name__}")
     s = torch.softmax(-unary, dim=-1) if init is None else _rows("init", init, unary.shape, "unary").to(unary.dtype)
     s = s if fixed is None else clamped.where(fixed, s)
-    log_s, vote = _log(s), _smooth(affinity, s)
+    log_s, vote, log_clamped = _log(s), _smooth(affinity, s), None if fixed is None else _log(clamped)
     history = [_value(s, s * log_s, unary, vote, weight, complexity, fixed)]
     done = torch.zeros_like(history[0], dtype=torch.bool)
     for _ in range(max_iterations):
-        new, log_new = _step(s, log_s, unary, vote, weight, complexity, fixed, clamped, damping)
-        if done.ndim:  # episodes that have stopped stay
+        new, log_new = _step(s, log_s, unary, vote, weight, complexity, fixed, log_clamped, damping)
+        if done.ndim and bool(done.any()):  # episodes that have stopped stay
             stay = done[..., None, None]
             new, log_new = s.where(stay, new), log_s.where(stay, log_new)
         s, log_s, vote = new, log_new, _smooth(affinity, new)
@@ -865,40 +865,53 @@ def slk_cluster(
         affinity = knn_affinity(features, num_neighbors, sparse=features.ndim == 2)
     if kind in ("modes", "points") and bandwidth is None:
         bandwidth = graph_bandwidth(features, affinity)
-    options = dict(
-        weight=weight,
-        complexity=complexity,
-        proximal=proximal,
-        support_mask=support_mask,
-        support_assignment=support_assignment,
-        max_iterations=max_iterations,
-        tolerance=inner_tolerance,
-    )
+    stepped = dict(weight=weight, complexity=complexity, proximal=proximal)
+    stepped |= dict(max_iterations=max_iterations, tolerance=inner_tolerance)
     shape = features.shape[:-2]
     stopped, converged = (torch.zeros(shape, dtype=torch.bool, device=features.device) for _ in range(2))
     iterations = torch.zeros(shape, dtype=torch.int64, device=features.device)
     values, s, m = [], None, prototypes
     for _ in range(max_loops):
-        unary = prototype_costs(features, prototypes, kind=kind, bandwidth=bandwidth)
-        new, history = laplacian_assignment(unary, affinity, init=None if hard_prototypes else s, **options)
-        value, keep = history[-1], stopped
-        iterations = iterations + (~stopped).long()
-        hard = None
+        active = ~stopped
+        everything = bool(active.all())
+
+        def take(x, active=active, everything=everything):  # of the episodes that go on
+            return x if everything or not isinstance(x, Tensor) or not x.ndim else x[active]
+
+        def put(old, new, active=active, everything=everything):
+            return (
+                new if everything else old.masked_scatter(active.reshape(*shape, *[1] * (old.ndim - len(shape))), new)
+            )
+
+        points, sigma, before = take(features), take(bandwidth), take(prototypes)
+        unary = prototype_costs(points, before, kind=kind, bandwidth=sigma)
+        new, history = laplacian_assignment(
+            unary,
+            take(affinity),
+            init=None if hard_prototypes or s is None else take(s),
+            support_mask=take(support_mask),
+            support_assignment=take(support_assignment),
+            **stepped,
+        )
+        value, done = history[-1], torch.zeros_like(history[-1], dtype=torch.bool)
+        iterations = put(iterations, take(iterations) + 1)
+        hard, current = None, before
         if hard_prototypes:
             hard = torch.zeros_like(new).scatter_(-1, new.argmax(-1, keepdim=True), 1.0)
-            vanished = (hard.sum(-2) == 0).any(-1)
-            keep, stopped = keep | (vanished & bool(values)), stopped | vanished
-        if values:  # what has stopped, or lost a class, keeps its state
-            value = values[-1].where(keep, value)
-            still = ~stopped & ((value - values[-1]).abs() <= tolerance * values[-1].abs())
-            converged, stopped = converged | still, stopped | still
-            new, m = s.where(keep[..., None, None], new), m.where(keep[..., None, None], prototypes)
-        s = new
-        values.append(value)
+            done = (hard.sum(-2) == 0).any(-1)  # a class has lost its last point
+        if values:
+            last, lost = take(values[-1]), done
+            new, current = take(s).where(lost[..., None, None], new), take(m).where(lost[..., None, None], before)
+            value = last.where(lost, value)
+            still = ~lost & ((value - last).abs() <= tolerance * last.abs())
+            converged, done = put(converged, still), lost | still
+        s, m = put(s, new), put(m, current)
+        values.append(put(values[-1] if values else value, value))
+        stopped = put(stopped, done)
         if bool(stopped.all()):
             break
-        weights = s if hard is None or kind == "points" else hard
-        prototypes = update_prototypes(features, weights, kind=kind, bandwidth=bandwidth, previous=prototypes)
+        weights = new if hard is None or kind == "points" else hard
+        prototypes = put(prototypes, update_prototypes(points, weights, kind=kind, bandwidth=sigma, previous=before))
     return SLKResult(s.argmax(-1), s, m, torch.stack(values), iterations, converged)
 
 
