@@ -438,6 +438,20 @@ def test_the_soft_algorithm_never_rises_across_blocks(kind, complexity):
         assert result.converged
 
 
+def test_soft_loops_start_where_the_last_one_ended_and_hard_ones_afresh():
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = X.knn_affinity(x, 2)
+    options = dict(affinity=w, weight=1.5, max_iterations=1, tolerance=0.0)
+    for hard in (False, True):
+        one = X.slk_cluster(x, x[:3], hard_prototypes=hard, max_loops=1, **options)
+        two = X.slk_cluster(x, x[:3], hard_prototypes=hard, max_loops=2, **options)
+        means = X.update_prototypes(x, F.one_hot(one.labels, 3).double() if hard else one.assignment)
+        torch.testing.assert_close(two.prototypes, means, **close)
+        costs = X.prototype_costs(x, means)
+        start = torch.softmax(-costs, dim=-1) if hard else one.assignment
+        torch.testing.assert_close(two.assignment, X.bound_update(start, costs, w, weight=1.5), **close)
+
+
 def test_constrained_k_means_equals_lloyd_with_clamped_labels():
     for seed in range(10):
         support, labels, query, _ = episode(seed, shots=2, noise=2.0)
