@@ -756,6 +756,8 @@ class SLKResult:
         objective_history: values of the relaxed objective after each assignment step, float64, ``(T, ...)``.
         iterations: int64, ``(...)``: assignment steps until it stopped.
         converged: bool, ``(...)``: whether the objective stood still before the loops ran out or a class vanished.
+
+    Source: Ziko et al., the output of the block-coordinate algorithm.
     """
 
     labels: Tensor
