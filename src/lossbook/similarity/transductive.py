@@ -459,7 +459,7 @@ def _step(assignment, log_assignment, unary, vote, weight, complexity, fixed, lo
         logits = logits + complexity * _log(_prior(assignment, fixed)[0])
     if isinstance(damping, Tensor) or damping:
         logits = (logits + damping * log_assignment) / (1 + damping)
-    log_new = logits - logits.logsumexp(-1, keepdim=True)  # several times faster than log_softmax where K is small
+    log_new = logits - logits.logsumexp(-1, keepdim=True)  # faster than log_softmax for few classes
     if fixed is not None:
         log_new = log_clamped.where(fixed, log_new)
     return log_new.exp(), log_new
