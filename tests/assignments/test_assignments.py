@@ -34,6 +34,8 @@ POINTS = {
     "groco_turning": 2,
     "isogclr_kl": 2,
     "isogclr_temperature": 3,
+    "pamc_meta": 2,
+    "pamc_negative": 2,
     "temperature_bound": 2,
     "temperature_gradients": 3,
     "temperature_penalty": 2,
@@ -47,6 +49,8 @@ FUNCTIONS = {
     "groco_turning": "turning_distance",
     "isogclr_kl": "kl_from_uniform",
     "isogclr_temperature": "optimal_temperature",
+    "pamc_meta": "meta_nodes",
+    "pamc_negative": "meta_node_negative",
     "temperature_bound": "smallest_loss",
     "temperature_gradients": "loss_and_gradients",
     "temperature_penalty": "relative_penalty",
@@ -173,6 +177,41 @@ WRONG = {
                 kl = scipy.special.xlogy(p, p * len(h)).sum()
                 low, high = (tau, high) if kl > rho else (low, tau)
             return float(high)""",
+    },
+    "pamc_meta": {
+        "mean": """
+            sums = embedding.new_zeros(num_clusters, embedding.shape[1]).index_add(0, labels, embedding)
+            return sums / labels.bincount(minlength=num_clusters)[:, None].clamp(min=1)""",
+        "forgets_repeated_labels": """
+            sums = embedding.new_zeros(num_clusters, embedding.shape[1])
+            sums[labels] += embedding
+            return sums""",
+        "as_many_as_labels": """
+            count = int(labels.max()) + 1
+            return embedding.new_zeros(count, embedding.shape[1]).index_add(0, labels, embedding)""",
+        "one_hot": """
+            onehot = torch.nn.functional.one_hot(labels, num_clusters).to(embedding.dtype)
+            return onehot.T @ embedding""",
+    },
+    "pamc_negative": {
+        "true_diagonal": """
+            unit = torch.nn.functional.normalize(centers, dim=1)
+            return float(torch.logsumexp(tau * unit @ unit.T, dim=1).mean())""",
+        "without_the_diagonal": """
+            unit = torch.nn.functional.normalize(centers, dim=1)
+            similarity = tau * unit @ unit.T
+            return float(torch.logsumexp(similarity.fill_diagonal_(-torch.inf), dim=1).mean())""",
+        "overflows": """
+            unit = torch.nn.functional.normalize(centers, dim=1)
+            similarity = (unit @ unit.T).fill_diagonal_(0)
+            return float((tau * similarity).exp().sum(1).log().mean())""",
+        "divides_by_tau": """
+            unit = torch.nn.functional.normalize(centers, dim=1)
+            similarity = (unit @ unit.T).fill_diagonal_(0)
+            return float(torch.logsumexp(similarity / tau, dim=1).mean())""",
+        "products": """
+            similarity = (centers @ centers.T).fill_diagonal_(0)
+            return float(torch.logsumexp(tau * similarity, dim=1).mean())""",
     },
     "temperature_penalty": {
         "overflows": """
