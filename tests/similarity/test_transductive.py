@@ -138,6 +138,12 @@ def test_without_a_graph_one_step_is_the_softmax():
     torch.testing.assert_close(X.bound_update(s, a, w, weight=0.0), torch.softmax(-a, dim=-1), **close)
 
 
+def test_a_sparse_graph_without_edges_changes_nothing():
+    a, w, _, _ = random_problem(1)
+    s, _ = X.laplacian_assignment(a, torch.zeros_like(w).to_sparse(), weight=1.0)
+    torch.testing.assert_close(s, torch.softmax(-a, dim=-1), **close)
+
+
 def test_two_points_and_an_edge():
     s, history = X.laplacian_assignment(PAIR, PAIR, weight=1.0, tolerance=0.0, check_monotone=True)
     p = s[0, 0].item()
@@ -623,6 +629,59 @@ def test_gradcheck():
         )
 
 
+@pytest.mark.parametrize("weight", [0.4, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_unrolled_steps_have_finite_gradients_where_entries_underflow(weight, dtype):
+    scale = 120.0 if dtype == torch.float32 else 900.0  # e^-scale is zero
+    a, w = (scale * PAIR).to(dtype).requires_grad_(), PAIR.to(dtype)
+    s = torch.softmax(-a, dim=-1)
+    assert (s == 0).any()
+    for _ in range(2):
+        s = X.bound_update(s, a, w, weight=weight, complexity=0.5)
+    values = X.relaxed_objective(s, a, w, weight=weight, complexity=0.5), s[0, 0]
+    slopes = torch.stack([torch.autograd.grad(value, a, retain_graph=True)[0] for value in values])
+    assert slopes.isfinite().all()
+    moderate = PAIR.clone().requires_grad_()  # and they are the right ones where nothing underflows
+    torch.autograd.gradcheck(lambda a: X.bound_update(torch.softmax(-a, -1), a, PAIR, weight=weight), (moderate,))
+
+
+def test_one_hot_rows_and_empty_classes_have_finite_gradients():
+    s = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.5, 0.5, 0]], dtype=torch.float64, requires_grad=True)
+    a, w = torch.rand(3, 3, dtype=torch.float64), torch.ones(3, 3, dtype=torch.float64) - torch.eye(3)
+    options = dict(weight=3.0, complexity=1.0)  # damped; the third class has no mass
+    mask = torch.tensor([True, False, False])
+    given = dict(support_mask=mask, support_assignment=s.detach())
+    for value in (
+        X.bound_update(s, a, w, **options)[:, 0].sum(),
+        X.bound_update(s, a, w, **options, **given)[:, 0].sum(),
+        X.auxiliary_objective(s, s, a, w, **options),
+        X.relaxed_objective(s, a, w, **options),
+    ):
+        (slope,) = torch.autograd.grad(value, s, retain_graph=True)
+        assert slope.isfinite().all() and (slope[s > 0] != 0).any()
+
+
+def test_an_outlying_prototype_costs_the_others_no_digits(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    x, m = torch.randn(200, 8, generator=g), torch.randn(5, 8, generator=g)
+    m[4] = 1e4
+    exact = (x[:, None].double() - m.double()).square().sum(-1)
+    torch.testing.assert_close(X.prototype_costs(x, m).double(), exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(X.prototype_costs(x, m).argmin(1), exact.argmin(1))
+    monkeypatch.setattr(X, "_DIFFERENCES", 0)  # the product: as good where the prototypes are of one scale, far from 0
+    x, m = x + 1000, m[:4] + 1000
+    exact = (x[:, None].double() - m.double()).square().sum(-1)
+    torch.testing.assert_close(X.prototype_costs(x, m).double(), exact, rtol=1e-3, atol=1e-3)
+    assert X.prototype_costs(m, m).diagonal().abs().max() < 1e-3
+
+
+def test_the_guarantee_needs_support_rows_at_their_labels():
+    a, w = PAIR, PAIR
+    s, mask, rows = torch.full_like(PAIR, 0.5), torch.tensor([True, False]), PAIR  # row 0 goes where it costs most
+    new = X.bound_update(s, a, w, weight=1.0, support_mask=mask, support_assignment=rows)
+    assert X.relaxed_objective(new, a, w, weight=1.0) > X.relaxed_objective(s, a, w, weight=1.0)
+
+
 def test_gradient_at_zero_distance_is_zero():
     x = torch.ones(1, 2, requires_grad=True)
     (slope,) = torch.autograd.grad(X.prototype_costs(x, torch.ones(1, 2)).sum(), x)
@@ -750,6 +809,14 @@ BAD = [
     (lambda: X.update_prototypes(XQ, torch.ones(4, 2), max_iterations=True), TypeError, "max_iterations"),
     (lambda: X.slk_cluster(XQ, XS, hard_prototypes=None), TypeError, "hard_prototypes"),
     (lambda: X.slk_cluster(XQ, XS, max_loops=0), ValueError, "max_loops"),
+    (lambda: X.update_prototypes(XQ, -torch.ones(4, 2)), ValueError, "assignment must be at least 0"),
+    (lambda: X.slk_cluster(XQ, XS, kind="modes", bandwidth=torch.ones(3)), ValueError, "bandwidth must have shape"),
+    (lambda: X.prototype_costs(XQ, XS, kind="modes", bandwidth=torch.zeros(())), ValueError, "bandwidth"),
+    (lambda: X.graph_bandwidth(XQ, torch.zeros(4, 4)), ValueError, "affinity must have at least one edge"),
+    (lambda: X.graph_bandwidth(XQ, torch.zeros(4, 4).to_sparse()), ValueError, "affinity must have at least one edge"),
+    (lambda: fit(XS, LS, XQ, support_mask=MASK), TypeError, "support_mask must not be given to slk_fit"),
+    (lambda: X.paddle(XS, LS, XQ, num_classes=2, weight=1.0), TypeError, "weight must not be given to paddle"),
+    (lambda: X.laplacian_shot(XS, LS, XQ, num_classes=2, affinity=W), TypeError, "affinity must not be given"),
     (lambda: X.slk_cluster(XQ, XS, weight=-1), ValueError, "weight"),
     (lambda: X.slk_cluster(XQ, XS, num_neighbors=4), ValueError, "num_neighbors"),
     (lambda: fit(XS, [0, 1], XQ), TypeError, "support_labels"),

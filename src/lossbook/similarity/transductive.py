@@ -10,9 +10,7 @@ Notation: ``features`` (N, d) holds the points :math:`x_p`, ``assignment`` (N, K
 graph may have leading axes, one entry an episode. Logs are natural.
 """
 
-import math
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +20,12 @@ from lossbook import _checks, ops
 
 _KINDS = ("means", "modes", "points")
 _BANDWIDTH_FLOOR = 1e-6  # identical points have no distance to set a bandwidth by
+_DIFFERENCES = 2**24  # distances come from differences up to this many numbers, above from a product
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _non_negative(name: str, value: float) -> float:
-    """``value`` as a float, if it is finite and at least zero."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
-    return float(value)
 
 
 def _matrix(name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
@@ -47,9 +37,7 @@ def _matrix(name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
         raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
     if like is not None and value.dtype != like.dtype:
         raise TypeError(f"{name} must have dtype {like.dtype}, got {value.dtype}")
-    if _checks.known_false(torch.isfinite(value)):
-        raise ValueError(f"{name} must be finite")
-    return value
+    return _checks.finite(name, value)
 
 
 def _same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
@@ -93,7 +81,7 @@ def _graph(affinity: Tensor, rows: Tensor, symmetric: bool = True) -> Tensor:
             ):
                 raise ValueError("affinity must be symmetric")
             other = mirrored.values()
-        if _checks.known_false((weights - other).abs() <= 1e-5 * weights.abs().amax()):
+        if weights.numel() and _checks.known_false((weights - other).abs() <= 1e-5 * weights.abs().amax()):
             raise ValueError("affinity must be symmetric")
     return affinity
 
@@ -263,8 +251,11 @@ def _prior(assignment: Tensor, fixed: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _log(x: Tensor) -> Tensor:
-    """The log, with a finite stand-in for that of zero: 0 * log 0 is then 0, and a class without mass stays without."""
-    return x.log().clamp(min=torch.finfo(x.dtype).min / 1e8)
+    """The log, with a finite stand-in for that of zero: 0 * log 0 is then 0, and a class without mass stays without.
+
+    No gradient flows at zero: a clamp of the log would pass on 0 times infinity.
+    """
+    return torch.where(x > 0, x.where(x > 0, 1.0).log(), torch.finfo(x.dtype).min / 1e8)
 
 
 def _total(terms: Tensor) -> Tensor:
@@ -278,7 +269,7 @@ def _value(assignment, entropy, unary, vote, weight, complexity, fixed) -> Tenso
     value = _total(entropy + assignment * linear)
     if complexity:
         share, free = _prior(assignment, fixed)
-        value = value - complexity * _total(free * torch.xlogy(share, share))
+        value = value - complexity * _total(free * share * _log(share))
     return value
 
 
@@ -347,14 +338,14 @@ def relaxed_objective(
     unary, affinity, weight, complexity = _problem(unary, affinity, weight, complexity)
     _rows("assignment", assignment, unary.shape, "unary")
     fixed = _support(support_mask, None if support_mask is None else assignment, unary)[0]
-    entropy = torch.xlogy(assignment, assignment)
+    entropy = assignment * _log(assignment)
     value = _value(assignment, entropy, unary, _smooth(affinity, assignment), weight, complexity, fixed)
     return value.to(assignment.dtype)
 
 
 def _problem(unary, affinity, weight, complexity, symmetric=True):
     _matrix("unary", unary)
-    weight, complexity = _non_negative("weight", weight), _non_negative("complexity", complexity)
+    weight, complexity = _checks.number("weight", weight, 0), _checks.number("complexity", complexity, 0)
     if affinity is None and weight:
         raise ValueError(f"affinity must be given when weight > 0, got None and weight {weight}")
     affinity = None if affinity is None else _graph(affinity, unary, symmetric)
@@ -399,7 +390,7 @@ def auxiliary_objective(
     _rows("assignment", assignment, unary.shape, "unary")
     _rows("current", current, unary.shape, "unary")
     fixed = _support(support_mask, None if support_mask is None else current, unary)[0]
-    value = _total(torch.xlogy(assignment, assignment) + assignment * unary)
+    value = _total(assignment * (_log(assignment) + unary))
     if affinity is not None:
         value = value - weight * _total((assignment - current / 2) * _smooth(affinity, current))
     if complexity:
@@ -438,13 +429,13 @@ def monotonicity_margin(affinity: Tensor, weight: float) -> Tensor:
     _matrix("affinity", affinity)
     _graph(affinity, affinity)
     lowest = torch.linalg.eigvalsh(affinity)[..., 0]
-    return 2 - _non_negative("weight", weight) * (-lowest).clamp(min=0)
+    return 2 - _checks.number("weight", weight, 0) * (-lowest).clamp(min=0)
 
 
 def _damping(affinity: Tensor | None, weight: float, proximal: float | None) -> Tensor | float:
     """The proximal coefficients, ``(..., N, 1)``, or one number."""
     if proximal is not None:
-        return _non_negative("proximal", proximal)
+        return _checks.number("proximal", proximal, 0)
     if affinity is None:
         return 0.0
     degree = affinity.sum(-1)
@@ -489,7 +480,8 @@ def bound_update(
         weight: :math:`\lambda\ge0`.
         complexity: :math:`\gamma\ge0`.
         proximal: :math:`\eta\ge0`, one number; None takes :math:`\eta_p=\max(0,\frac{\lambda d_p-1}2)` by the degree :math:`d_p` of each point,
-            with which the objective of a symmetric graph cannot rise.
+            with which the objective of a symmetric graph cannot rise. That needs rows of the support that are at their labels already: a step
+            that puts them there moves them by any amount.
         support_mask: bool, shape ``(..., N)``, true at points whose rows are given.
         support_assignment: shape ``(..., N, K)``; the rows at other points are not read.
 
@@ -562,7 +554,7 @@ def laplacian_assignment(
     fixed, clamped = _support(support_mask, support_assignment, unary)
     damping = _damping(affinity, weight, proximal)
     _checks.positive_int("max_iterations", max_iterations)
-    tolerance = _non_negative("tolerance", tolerance)
+    tolerance = _checks.number("tolerance", tolerance, 0)
     if not isinstance(check_monotone, bool):
         raise TypeError(f"check_monotone must be a bool, got {type(check_monotone).__name__}")
     s = torch.softmax(-unary, dim=-1) if init is None else _rows("init", init, unary.shape, "unary").to(unary.dtype)
@@ -594,8 +586,8 @@ def laplacian_assignment(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _kind(kind: str, bandwidth: float | Tensor | None) -> float | Tensor | None:
-    """The bandwidth shaped to divide ``(..., N, K)``, or None for K-means."""
+def _kind(kind: str, bandwidth: float | Tensor | None, shape: torch.Size) -> float | Tensor | None:
+    """The bandwidth shaped to divide ``(..., N, K)``, or None for K-means; ``shape`` is that of the leading axes."""
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {_KINDS}, got {kind!r}")
     if kind == "means":
@@ -603,14 +595,23 @@ def _kind(kind: str, bandwidth: float | Tensor | None) -> float | Tensor | None:
     if bandwidth is None:
         raise ValueError(f"bandwidth must be given for kind {kind!r}, got None")
     if isinstance(bandwidth, Tensor) and bandwidth.ndim:
-        if _checks.known_false(torch.isfinite(_checks.floating("bandwidth", bandwidth)) & (bandwidth > 0)):
+        if _checks.floating("bandwidth", bandwidth).shape != shape:
+            shapes = f"() or {tuple(shape)}" if shape else "()"
+            raise ValueError(f"bandwidth must have shape {shapes}, got {tuple(bandwidth.shape)}")
+        if _checks.known_false(torch.isfinite(bandwidth) & (bandwidth > 0)):
             raise ValueError("bandwidth must be finite and > 0 everywhere")
         return bandwidth[..., None, None]
     return _checks.temperature(bandwidth, name="bandwidth")
 
 
 def _squared_distances(features: Tensor, prototypes: Tensor) -> Tensor:
-    """``(..., N, K)``, through one matrix product; both are centered first, which saves its digits."""
+    """``(..., N, K)``: of differences where these are few, which is exact; else through one matrix product.
+
+    The product errs by rounding at the scale of the squared distance between a point or a prototype and the mean prototype. That is
+    harmless where this is the scale of the distances themselves, and not with an outlier among the prototypes.
+    """
+    if features.numel() * prototypes.shape[-2] <= _DIFFERENCES:
+        return (features[..., None, :] - prototypes[..., None, :, :]).square().sum(-1)
     center = prototypes.mean(-2, keepdim=True)
     x, m = features - center, prototypes - center
     with torch.autocast(x.device.type, enabled=False):
@@ -638,7 +639,8 @@ def prototype_costs(
     Raises:
         TypeError, ValueError: for a wrong type, shape or kind, naming the argument.
 
-    Complexity: O(NKd) time, O(NK + (N + K)d) memory.
+    Complexity: O(NKd) time, O(NK + (N + K)d) memory and at most 2^24 numbers on top. Up to that many differences they are taken one by one;
+    beyond, :math:`\|x\|^2-2x^\top m+\|m\|^2` about the mean prototype loses digits if one prototype is far from the others (use float64 then).
 
     Source: Ziko et al., the prototype terms.
 
@@ -648,7 +650,7 @@ def prototype_costs(
                 [4., 0.]])
     """
     _prototypes(features, prototypes)
-    bandwidth = _kind(kind, bandwidth)
+    bandwidth = _kind(kind, bandwidth, features.shape[:-2])
     squared = _squared_distances(features, prototypes)
     return squared if bandwidth is None else -torch.exp(-squared / (2 * bandwidth**2))
 
@@ -705,14 +707,16 @@ def update_prototypes(
     _matrix("assignment", assignment, features)
     if assignment.shape[:-1] != features.shape[:-1]:
         raise ValueError(f"assignment must have shape {(*features.shape[:-1], 'K')}, got {tuple(assignment.shape)}")
-    bandwidth = _kind(kind, bandwidth)
+    if _checks.known_false(assignment >= 0):
+        raise ValueError("assignment must be at least 0 everywhere")
+    bandwidth = _kind(kind, bandwidth, features.shape[:-2])
     if previous is not None:
         _prototypes(features, previous, "previous")
         if previous.shape[-2] != assignment.shape[-1]:
             raise ValueError(f"previous must have {assignment.shape[-1]} prototypes, got shape {tuple(previous.shape)}")
     elif kind == "modes":
         raise ValueError("previous must be given for kind 'modes', got None")
-    tolerance = _non_negative("tolerance", tolerance)
+    tolerance = _checks.number("tolerance", tolerance, 0)
     _checks.positive_int("max_iterations", max_iterations)
     mass = assignment.sum(-2)[..., None]
     if previous is None and _checks.known_false(mass > 0):
@@ -779,9 +783,9 @@ def graph_bandwidth(features: Tensor, affinity: Tensor) -> Tensor:
         :math:`\sigma`, shape ``(...)``.
 
     Raises:
-        TypeError, ValueError: for a wrong type or shape, naming the argument.
+        TypeError, ValueError: for a wrong type or shape, or a graph without edges, naming the argument.
 
-    Complexity: O(md) time, O(Nd) memory.
+    Complexity: O(md) time, O(Nd) memory on top of the graph.
 
     Source: Ziko et al., official code, with the number of edges that there are.
 
@@ -794,8 +798,11 @@ def graph_bandwidth(features: Tensor, affinity: Tensor) -> Tensor:
     x = features - features.mean(-2, keepdim=True)
     degree = affinity.sum(-1)
     degree = degree.to_dense() if degree.layout != torch.strided else degree
+    mass = degree.sum(-1, dtype=torch.float64)
+    if _checks.known_false(mass > 0):
+        raise ValueError("affinity must have at least one edge, got none")
     total = 2 * (_total(degree[..., None] * x.square()) - _total(x * _smooth(affinity, x)))
-    return (total / degree.sum(-1, dtype=torch.float64)).clamp(min=_BANDWIDTH_FLOOR).sqrt().to(features.dtype)
+    return (total / mass).clamp(min=_BANDWIDTH_FLOOR).sqrt().to(features.dtype)
 
 
 @torch.no_grad()
@@ -848,7 +855,8 @@ def slk_cluster(
     Raises:
         TypeError, ValueError: for a wrong type, shape, kind or number, naming the argument.
 
-    Complexity: O(NKd + T(NK + mK)) time a loop of T updates, O(NK + (N + K)d) memory; making the graph costs O(N^2 d) time once.
+    Complexity: O(NKd + T(NK + mK)) time a loop of T updates, for m entries of W, and O(m + NK + (N + K)d) memory; making the graph costs
+    O(N^2 d) time once. The graph made here is sparse, m <= 2Nk, for one set of points; with leading axes it is dense, m = N^2 an episode.
 
     Source: Ziko et al., the block-coordinate algorithm.
 
@@ -858,10 +866,10 @@ def slk_cluster(
         tensor([0, 0, 1, 1])
     """
     _prototypes(features, prototypes)
-    weight = _non_negative("weight", weight)
+    weight = _checks.number("weight", weight, 0)
     if not isinstance(hard_prototypes, bool):
         raise TypeError(f"hard_prototypes must be a bool, got {type(hard_prototypes).__name__}")
-    tolerance = _non_negative("tolerance", tolerance)
+    tolerance = _checks.number("tolerance", tolerance, 0)
     _checks.positive_int("max_loops", max_loops)
     if affinity is None and (weight or (kind != "means" and bandwidth is None)):
         affinity = knn_affinity(features, num_neighbors, sparse=features.ndim == 2)
@@ -936,6 +944,13 @@ def _labeled(support: Tensor, support_labels: Tensor, query: Tensor, num_classes
     return rows
 
 
+def _taken(function: str, options: dict, *names: str) -> None:
+    """An error if an option is one that the function sets itself."""
+    for name in names:
+        if name in options:
+            raise TypeError(f"{name} must not be given to {function}, which sets it")
+
+
 def slk_fit(
     support: Tensor, support_labels: Tensor, query: Tensor, *, num_classes: int, shift: bool = True, **options
 ) -> SLKResult:
@@ -958,7 +973,7 @@ def slk_fit(
     Raises:
         TypeError, ValueError: for a wrong type, shape, label or number, naming the argument.
 
-    Complexity: that of :func:`slk_cluster` with N = S + Q.
+    Complexity: that of :func:`slk_cluster` with N = S + Q; a batch of episodes holds a dense graph, O((S + Q)^2) an episode.
 
     Source: Ziko et al., SLK-means and SLK-MS.
 
@@ -967,6 +982,7 @@ def slk_fit(
         >>> slk_fit(support, torch.tensor([0, 1]), query, num_classes=2, shift=False).labels
         tensor([0, 1, 1])
     """
+    _taken("slk_fit", options, "features", "prototypes", "support_mask", "support_assignment")
     rows = _labeled(support, support_labels, query, num_classes)
     if not isinstance(shift, bool):
         raise TypeError(f"shift must be a bool, got {type(shift).__name__}")
@@ -1039,7 +1055,7 @@ def laplacian_shot(
     Raises:
         TypeError, ValueError: for a wrong type, shape, label or number, naming the argument.
 
-    Complexity: O(Q^2 d + T(QK + mK)) time for T updates.
+    Complexity: O(Q^2 d + T(QK + mK)) time for T updates; m <= 2Qk for one episode, and a dense graph, m = Q^2 an episode, for a batch.
 
     Source: Ziko et al. 2020 (LaplacianShot), without its prototype rectification.
 
@@ -1048,9 +1064,10 @@ def laplacian_shot(
         >>> laplacian_shot(support, torch.tensor([0, 1]), query, num_classes=2, weight=0.5)
         tensor([0, 0, 1, 1])
     """
+    _taken("laplacian_shot", options, "unary", "affinity")
     rows = _labeled(support, support_labels, query, num_classes)
     costs = prototype_costs(query, update_prototypes(support, rows))
-    graph = knn_affinity(query, num_neighbors, sparse=query.ndim == 2) if _non_negative("weight", weight) else None
+    graph = knn_affinity(query, num_neighbors, sparse=query.ndim == 2) if _checks.number("weight", weight, 0) else None
     return laplacian_assignment(costs, graph, weight=weight, **options)[0].argmax(-1)
 
 
@@ -1070,7 +1087,7 @@ def paddle(
     Raises:
         TypeError, ValueError: for a wrong type, shape, label or number, naming the argument.
 
-    Complexity: O(NKd) time a loop.
+    Complexity: O(NKd + TNK) time a loop of T updates.
 
     Source: Martin et al. 2022 (PADDLE), whose distances have a factor 1/2: multiply the features by :math:`\sqrt{1/2}`.
 
@@ -1079,6 +1096,7 @@ def paddle(
         >>> paddle(support, torch.tensor([0, 1, 2]), query, num_classes=3).labels
         tensor([1, 1, 1, 1])
     """
+    _taken("paddle", options, "shift", "weight")
     options = {"hard_prototypes": False} | options
     return slk_fit(
         support,
