@@ -121,6 +121,13 @@ def test_neighbors_equal_the_slow_loop(seed):
     assert torch.equal(both, torch.stack([symmetric, symmetric.flip(0, 1)]))
 
 
+def test_neighbors_far_from_the_origin_in_single_precision():
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)) + 3000
+    distances = torch.cdist(x.double(), x.double()).fill_diagonal_(torch.inf)
+    wanted = torch.zeros(60, 60).scatter(1, distances.topk(3, largest=False).indices, 1.0)
+    assert torch.equal(X.knn_affinity(x, 3, symmetric=False), wanted)
+
+
 def test_neighbors_agree_with_scikit_learn_that_counts_the_point_itself():
     from sklearn.neighbors import NearestNeighbors
 
@@ -456,6 +463,15 @@ def test_soft_loops_start_where_the_last_one_ended_and_hard_ones_afresh():
         costs = X.prototype_costs(x, means)
         start = torch.softmax(-costs, dim=-1) if hard else one.assignment
         torch.testing.assert_close(two.assignment, X.bound_update(start, costs, w, weight=1.5), **close)
+
+
+def test_points_are_chosen_by_the_soft_assignment():
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = dict(kind="points", bandwidth=1.0, weight=0.0)
+    one, two = (X.slk_cluster(x, x[-3:] + 0.1, max_loops=loops, **options) for loops in (1, 2))
+    chosen = one.assignment.argmax(0)
+    assert torch.equal(two.prototypes, x[chosen])
+    assert not torch.equal(chosen, F.one_hot(one.labels, 3).argmax(0))  # not the first of each class
 
 
 def test_constrained_k_means_equals_lloyd_with_clamped_labels():
