@@ -42,8 +42,8 @@ POINTS = {
     "temperature_share": 3,
     "proto_triplet_loss": 3,
     "proto_triplet_score": 2,
-    "transductive_update": 3,
     "transductive_weight": 2,
+    "transductive_update": 3,
 }
 FUNCTIONS = {
     "groco_layer": "soft_layer",
@@ -59,8 +59,8 @@ FUNCTIONS = {
     "temperature_share": "temperature_for_share",
     "proto_triplet_loss": "proto_triplet_loss",
     "proto_triplet_score": "line_score",
-    "transductive_update": "bound_update",
     "transductive_weight": "largest_weight",
+    "transductive_update": "bound_update",
 }
 ALL = sum(POINTS.values())
 # Questions are graded in the order of their names, so these count although the next one never ends.
@@ -325,6 +325,20 @@ WRONG = {
             return float(1 - np.mean(spacing * np.array([1.5, 1.0, 1.5]) / (gap + spacing * np.arange(3))) / 2)""",
         "any_gap": """
             return float(1 - np.mean(spacing * np.array([1.5, 1.0, 1.5]) / (gap + spacing * np.arange(3))) / 4)""",
+    },
+    "transductive_weight": {
+        "one_instead_of_two": """
+            lowest = np.linalg.eigvalsh(affinity)[0]
+            return float("inf") if lowest > -1e-12 else float(-1 / lowest)""",
+        "largest_eigenvalue": """
+            values = np.linalg.eigvalsh(affinity)
+            return float("inf") if values[0] > -1e-12 else float(2 / values[-1])""",
+        "by_the_degrees": """
+            if np.linalg.eigvalsh(affinity)[0] > -1e-12:
+                return float("inf")
+            return float(2 / affinity.sum(axis=1).max())""",
+        "never_infinite": "return float(-2 / min(np.linalg.eigvalsh(affinity)[0], -1e-3))",
+    },
     "transductive_update": {
         "forgets_the_support": "return torch.softmax(weight * (affinity @ assignment) - unary, dim=1)",
         "votes_with_labels": """
@@ -340,19 +354,6 @@ WRONG = {
         "overflows": """
             e = torch.exp(weight * (affinity @ assignment) - unary)
             return torch.where(support_mask[:, None], support_rows, e / e.sum(dim=1, keepdim=True))""",
-    },
-    "transductive_weight": {
-        "one_instead_of_two": """
-            lowest = np.linalg.eigvalsh(affinity)[0]
-            return float("inf") if lowest > -1e-12 else float(-1 / lowest)""",
-        "largest_eigenvalue": """
-            values = np.linalg.eigvalsh(affinity)
-            return float("inf") if values[0] > -1e-12 else float(2 / values[-1])""",
-        "by_the_degrees": """
-            if np.linalg.eigvalsh(affinity)[0] > -1e-12:
-                return float("inf")
-            return float(2 / affinity.sum(axis=1).max())""",
-        "never_infinite": "return float(-2 / min(np.linalg.eigvalsh(affinity)[0], -1e-3))",
     },
 }
 
