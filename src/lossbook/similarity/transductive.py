@@ -20,7 +20,7 @@ from lossbook import _checks, ops
 
 _KINDS = ("means", "modes", "points")
 _BANDWIDTH_FLOOR = 1e-6  # identical points have no distance to set a bandwidth by
-_DIFFERENCES = 2**20  # distances come from differences up to this many numbers, above from a product
+_DIFFERENCES = 2**16  # distances come from differences up to this many numbers, above from a product
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -639,7 +639,7 @@ def prototype_costs(
     Raises:
         TypeError, ValueError: for a wrong type, shape or kind, naming the argument.
 
-    Complexity: O(NKd) time, O(NK + (N + K)d) memory and at most 2^20 numbers on top. Up to that many differences they are taken one by one;
+    Complexity: O(NKd) time, O(NK + (N + K)d) memory and at most 2^16 numbers on top. Up to that many differences they are taken one by one;
     beyond, :math:`\|x\|^2-2x^\top m+\|m\|^2` about the mean prototype loses digits if one prototype is far from the others (use float64 then).
 
     Source: Ziko et al., the prototype terms.
