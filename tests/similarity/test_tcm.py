@@ -1,0 +1,12 @@
+"""Tests of ``lossbook.similarity.tcm``."""
+
+# The theorems as properties
+
+
+# Closed forms
+
+
+# Limits
+
+
+# Bad input
