@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossbook import _checks, ops
-from lossbook.ops.streamed import _accumulated, _chunk_rows
+from lossbook.ops.streamed import _chunk_rows
 
 METRICS = ("euclidean", "cosine", "precomputed")
 
@@ -107,13 +107,14 @@ class _HardPairSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_positive, grad_negative, *_):
         queries, keys, *rest = ctx.saved_tensors
-        grad_queries, grad_keys = [], None
-        for start in range(0, queries.shape[0], ctx.chunk_rows):
-            chunk = _HardPairSums._chunk(start, queries, keys, *rest, ctx.margins, ctx.chunk_rows)
-            rows, _, positive, negative = chunk
-            pull = negative * grad_negative - positive * grad_positive  # the gradient in the similarities
-            grad_queries.append(pull @ keys)
-            grad_keys = _accumulated(grad_keys, pull.T, queries[rows], queries.dtype)
+        grad_queries, grad_keys = [], 0.0
+        with torch.autocast(queries.device.type, enabled=False):
+            for start in range(0, queries.shape[0], ctx.chunk_rows):
+                chunk = _HardPairSums._chunk(start, queries, keys, *rest, ctx.margins, ctx.chunk_rows)
+                rows, _, positive, negative = chunk
+                pull = negative * grad_negative - positive * grad_positive  # the gradient in the similarities
+                grad_queries.append(pull @ keys)
+                grad_keys = grad_keys + pull.T @ queries[rows]
         return torch.cat(grad_queries), grad_keys, None, None, None, None, None
 
 
