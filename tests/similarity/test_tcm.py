@@ -116,6 +116,13 @@ def test_gradient_in_the_embedding_equals_that_of_all_pairs(seed, chunk_size):
         torch.testing.assert_close(grad, torch.autograd.grad(values[0], x, retain_graph=True)[0], rtol=0, atol=1e-12)
 
 
+def test_a_row_is_no_pair_with_itself():
+    x = torch.eye(3, dtype=float64)[[0, 0, 1, 2]]
+    x[1, 1] = 0.75  # a cosine of 0.8 with the first row; at a margin of 1 a row would be hard with itself
+    loss = M.tcm_loss(x, torch.tensor([0, 0, 1, 2]), positive_margin=1.0, negative_margin=0.7)
+    assert loss.item() == pytest.approx(0.2)
+
+
 def test_pairs_select():
     x, labels = draw(0)
     chosen = torch.tensor([0, 3, 5]), torch.tensor([1, 2, 9])

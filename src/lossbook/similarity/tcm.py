@@ -468,8 +468,7 @@ def class_hinges(
             classes, group, sizes = labels.unique(return_inverse=True, return_counts=True)
             totals = distance.new_zeros(2, len(classes))
         same = group[rows, None] == group
-        itself = torch.arange(len(group), device=group.device)
-        low = (margins[0] - 1 + distance).clamp(min=0) * (same & (itself[rows, None] != itself))
+        low = (margins[0] - 1 + distance).clamp(min=0) * same  # a row is at distance 0 from itself, which adds nothing
         high = (1 - distance - margins[1]).clamp(min=0) * ~same
         totals.index_add_(1, group[rows], torch.stack([low.sum(1), high.sum(1)]))
     if len(classes) < 2:
