@@ -34,6 +34,8 @@ POINTS = {
     "groco_turning": 2,
     "isogclr_kl": 2,
     "isogclr_temperature": 3,
+    "tcm_opis": 2,
+    "tcm_room": 2,
     "temperature_bound": 2,
     "temperature_gradients": 3,
     "temperature_penalty": 2,
@@ -45,6 +47,8 @@ FUNCTIONS = {
     "groco_turning": "turning_distance",
     "isogclr_kl": "kl_from_uniform",
     "isogclr_temperature": "optimal_temperature",
+    "tcm_opis": "opis",
+    "tcm_room": "classes_in_the_plane",
     "temperature_bound": "smallest_loss",
     "temperature_gradients": "loss_and_gradients",
     "temperature_penalty": "relative_penalty",
@@ -169,6 +173,25 @@ WRONG = {
                 kl = scipy.special.xlogy(p, p * len(h)).sum()
                 low, high = (tau, high) if kl > rho else (low, tau)
             return float(high)""",
+    },
+    "tcm_opis": {
+        "divides_by_one_less": """
+            v = np.var(utility, axis=0, ddof=1)
+            return float(np.trapezoid(v, thresholds) / (thresholds[-1] - thresholds[0]))""",
+        "even_grid": "return float(np.var(utility, axis=0).mean())",
+        "forgets_the_length": "return float(np.trapezoid(np.var(utility, axis=0), thresholds))",
+        "standard_deviation": """
+            v = np.std(utility, axis=0)
+            return float(np.trapezoid(v, thresholds) / (thresholds[-1] - thresholds[0]))""",
+    },
+    "tcm_room": {
+        "points_only": "return int(np.floor(2 * np.pi / np.arccos(negative_margin) + 1e-9))",
+        "does_not_round": """
+            return max(1, int(2 * np.pi / (np.arccos(positive_margin) + np.arccos(negative_margin))))""",
+        "nearest": "return round(2 * np.pi / (np.arccos(positive_margin) + np.arccos(negative_margin)))",
+        "half_an_arc": """
+            needed = np.arccos(positive_margin) / 2 + np.arccos(negative_margin)
+            return int(np.floor(2 * np.pi / needed + 1e-9))""",
     },
     "temperature_penalty": {
         "overflows": """
