@@ -80,18 +80,18 @@ def _characteristics(rows, repeats):
 def run() -> tuple[list[Row], list[Slope]]:
     """Rows and slopes of this file."""
     part, slug, rows = "similarity", "tcm", []
-    for batch in (128, 512, 2048):
-        ours, peer = in_fresh_process(_loss, batch, 10)
+    for batch in (128, 512):
+        ours, peer = in_fresh_process(_loss, batch, 3)
         memory = [in_fresh_process(_memory, batch, which) for which in (False, True)]
         note = bar(ours / peer, 1, "ratio") if batch == 512 else ""
         row = Row(part, slug, "tcm_loss", "pytorch-metric-learning", f"B = {batch}", ours, peer, ours / peer, *memory)
         rows.append(Row(**{**row.__dict__, "note": note}))
     for batch in (128, 1024):
-        both, base = in_fresh_process(_training, batch, 20)
+        both, base = in_fresh_process(_training, batch, 5)
         rows.append(
             Row(part, slug, "supervised contrastive + TCM", "without TCM", f"B = {batch}, MLP", both, base, both / base)
         )
-    ours, dense = in_fresh_process(_characteristics, 2000, 5)
+    ours, dense = in_fresh_process(_characteristics, 2000, 2)
     rows.append(
         Row(
             part,
