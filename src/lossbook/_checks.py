@@ -36,6 +36,13 @@ def floating(name: str, value: Tensor, ndim: int | None = None) -> Tensor:
     return value
 
 
+def finite(name: str, value: Tensor) -> Tensor:
+    """``value``, if none of its elements is known to be NaN or infinite."""
+    if known_false(torch.isfinite(value)):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    return value
+
+
 def integer(name: str, value: Tensor, ndim: int) -> Tensor:
     """``value``, if it is an int64 tensor with ``ndim`` dimensions."""
     if not isinstance(value, Tensor):
@@ -63,6 +70,16 @@ def positive_number(name: str, value: float) -> float:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be finite and > 0, got {value}")
+    return float(value)
+
+
+def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    """``value`` as a float, if it is finite and lies in [``low``, ``high``]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and low <= value <= high):
+        bounds = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be finite and {bounds}, got {value}")
     return float(value)
 
 

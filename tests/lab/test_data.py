@@ -1,3 +1,4 @@
+import bz2
 import dataclasses
 import gzip
 import hashlib
@@ -199,6 +200,22 @@ def test_mnist(mnist, train):
     np.testing.assert_array_equal(loaded.labels.numpy(), labels)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_usps(train, tmp_path, torchvision):
+    sets = {True: (pixels(0, 5, 16, 16), [10, 1, 3, 3, 7]), False: (pixels(1, 2, 16, 16), [2, 10])}  # labels from one
+    for name, (images, labels) in zip(("usps.bz2", "usps.t.bz2"), sets.values(), strict=True):
+        values = (images.reshape(len(images), -1) + 0.5) / 127.5 - 1  # a line: label, then index:value in [-1, 1]
+        lines = [
+            f"{y} " + " ".join(f"{i}:{v:.6f}" for i, v in enumerate(x, 1)) for y, x in zip(labels, values, strict=True)
+        ]
+        (tmp_path / name).write_bytes(bz2.compress("\n".join(lines).encode() + b"\n"))
+    loaded = lab.load_usps(tmp_path, train=train, download=False)
+    images, labels = sets[train]
+    check_images(loaded, (len(labels), 1, 16, 16), 10)
+    np.testing.assert_array_equal(np.rint(loaded.images[:, 0].numpy() * 255), images)
+    assert loaded.labels.tolist() == [label - 1 for label in labels]
+
+
 CIFAR = {
     "CIFAR10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta"),
     "CIFAR100": ("cifar-100-python", ["train"], "test", "meta"),
@@ -306,7 +323,7 @@ def test_default_root(cifar, monkeypatch, tmp_path):
     assert lab.data_root() == tmp_path / "home" / ".cache" / "lossbook"
 
 
-@pytest.mark.parametrize("load", [lab.load_mnist, lab.load_cifar10, lab.load_cifar100, lab.load_stl10])
+@pytest.mark.parametrize("load", [lab.load_mnist, lab.load_usps, lab.load_cifar10, lab.load_cifar100, lab.load_stl10])
 def test_missing_files_and_missing_torchvision(load, tmp_path, torchvision, monkeypatch):
     with pytest.raises(RuntimeError, match="not found"):
         load(tmp_path, download=False)

@@ -91,6 +91,11 @@ Q, K = torch.eye(3), torch.eye(5)[:, :3].contiguous()
         (lambda: streamed_topk(Q, K, 5, exclude=torch.arange(3)), ValueError, "k must be at most 4"),
         (lambda: streamed_topk(Q, K, 1, exclude=torch.tensor([0, 1, 5])), ValueError, "exclude"),
         (lambda: streamed_topk(Q, K, 1, exclude=torch.arange(2)), ValueError, "exclude"),
+        (
+            lambda: streamed_topk(Q, K, 1, exclude=torch.zeros(3, 1, 1, dtype=torch.int64)),
+            ValueError,
+            r"exclude must have shape \(3,\)",
+        ),
         (lambda: streamed_topk(Q, K, 1, exclude=torch.zeros(3)), TypeError, "exclude"),
         (lambda: streamed_topk(Q, K, 1, chunk_size=0), ValueError, "chunk_size"),
     ],

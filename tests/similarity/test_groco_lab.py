@@ -32,7 +32,7 @@ def test_full_profile_trains_with_two_and_four_views(monkeypatch):
             exec("from lossbook import lab\nrun = lab.start()", names)
             continue
         if cell.source.startswith("jobs ="):  # the experiment: three of the losses are enough here
-            kept = ("sort, 4 views", "softmax, tau=0.5", "top 10, tau=0.5")
+            kept = ("sort, 4 views", "softmax, τ=0.5", "top 10, τ=0.5")
             names["losses"] = {name: names["losses"][name] for name in kept}
         exec(cell.source, names)
         if "SIZES" in cell.source:

@@ -1,5 +1,6 @@
 """The theorems of chapter similarity/isogclr as properties; the algorithm against a slow loop; limits, extremes and bad input."""
 
+import inspect
 import math
 
 import numpy as np
@@ -505,6 +506,49 @@ def test_transforms_and_compile():
     torch.testing.assert_close(compiled(h), I.dual_objective(h, temperature=0.3, rho=0.3))
 
 
+# --- what no theorem sees ---------------------------------------------------------------------------------------------
+
+
+def test_bisection_keeps_its_digits_in_float32():
+    h = differences(5).float()
+    torch.testing.assert_close(
+        I.optimal_temperature(h, rho=1e-3, tau_max=1e4).double(),
+        I.optimal_temperature(h.double(), rho=1e-3, tau_max=1e4),
+        rtol=1e-6,
+        atol=0,
+    )
+
+
+def test_a_temperature_far_below_the_spread_is_found():
+    h = torch.tensor([[1.0, 1.0 - 1e-4, 0.0, 0.5]], dtype=torch.float64)
+    tau = I.optimal_temperature(h, rho=1.3)
+    assert 1e-5 < tau.item() < 1e-4
+    torch.testing.assert_close(I.kl_from_uniform(h, temperature=tau).item(), 1.3, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "defaults"),
+    [
+        (I.ISogCLRLoss, dict(rho=0.3, tau_init=0.1, tau_min=0.05, tau_max=1.0, gamma=0.8, eta=0.03, beta=0.5, grad_clip=3.0)),
+        (I.BimodalISogCLRLoss, dict(rho=6.0, tau_init=0.01, tau_min=0.005, tau_max=0.05, gamma=0.8, eta=1e-3, beta=0.5, grad_clip=5.0)),
+    ],
+)  # fmt: skip
+def test_defaults_are_the_papers(kind, defaults):
+    parameters = inspect.signature(kind).parameters
+    assert {name: parameters[name].default for name in defaults} == defaults
+
+
+@pytest.mark.parametrize(("grad_clip", "moved"), [(None, True), (3.0, False)])
+def test_without_a_clip_a_temperature_takes_the_whole_gradient(grad_clip, moved):
+    x = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]], dtype=torch.float64), dim=1)
+    loss_fn = I.ISogCLRLoss(
+        3, tau_init=0.5, tau_min=1e-3, tau_max=99.0, gamma=0.1, beta=1.0, eta=1.0, grad_clip=grad_clip
+    )
+    loss_fn.log_inner.fill_(-20.0)  # a running mean that lags far behind
+    loss_fn(x, x, torch.arange(3))
+    assert (loss_fn.temperature_momentum.abs().max() > 3).item() is moved
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 H, V, N = torch.zeros(3, 4), torch.eye(3), torch.arange(3)
@@ -515,6 +559,10 @@ H, V, N = torch.zeros(3, 4), torch.eye(3), torch.arange(3)
     [
         ("difference", lambda: I.kl_from_uniform(torch.zeros(3), temperature=1.0)),
         ("difference", lambda: I.dual_objective(torch.zeros(3, 0), temperature=1.0, rho=0.3)),
+        ("difference", lambda: I.optimal_temperature(H.masked_fill(H == 0, math.nan), rho=0.3)),
+        ("difference", lambda: I.robust_contrastive_loss(H.masked_fill(torch.eye(3, 4) > 0, -math.inf), rho=0.3)),
+        ("view2", lambda: I.ISogCLRLoss(3)(V, V / 0, N)),
+        ("chunk_size", lambda: I.ISogCLRLoss(3, chunk_size=-1)),
         ("temperature", lambda: I.kl_from_uniform(H, temperature=0.0)),
         ("temperature", lambda: I.dual_objective(H, temperature=torch.ones(4), rho=0.3)),
         ("temperature", lambda: I.global_contrastive_loss(H, temperature=-1.0)),
@@ -563,6 +611,8 @@ def test_bad_input(argument, call):
         ("difference", lambda: I.optimal_temperature(H.long(), rho=0.3)),
         ("rho", lambda: I.robust_contrastive_loss(H, rho="0.3")),
         ("rho", lambda: I.dual_objective(H, temperature=1.0, rho=False)),
+        ("rho", lambda: I.optimal_temperature(H, rho=torch.tensor([0.3, 0.2]))),
+        ("rho", lambda: I.optimal_temperature(H, rho=torch.tensor(0.0))),
         ("num_samples", lambda: I.ISogCLRLoss(3.0)),
         ("view1", lambda: I.ISogCLRLoss(3)(V.long(), V, N)),
         ("text", lambda: I.BimodalISogCLRLoss(3)(V, V.long(), N)),

@@ -21,6 +21,7 @@ from lossbook.lab._data import (
     load_stl10,
     load_text,
     load_textures,
+    load_usps,
 )
 from lossbook.lab._models import MLP, ConvNet, ResNet, Transformer
 from lossbook.lab._plots import COLORS, band, mean_interval, slider_figure
@@ -50,6 +51,7 @@ __all__ = [
     "load_stl10",
     "load_text",
     "load_textures",
+    "load_usps",
     "mean_interval",
     "seed_all",
     "slider_figure",

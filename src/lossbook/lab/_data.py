@@ -276,6 +276,28 @@ def load_mnist(root: str | Path | None = None, *, train: bool = True, download: 
     return _images(mnist.data.numpy()[:, None], mnist.targets.numpy(), [str(digit) for digit in range(10)], 255)
 
 
+def load_usps(root: str | Path | None = None, *, train: bool = True, download: bool = True) -> Images:
+    """Load USPS, the postal service's handwritten digits, through ``torchvision.datasets``.
+
+    Args:
+        root: folder of the data; ``None`` means :func:`data_root`.
+        train: the 7291 training images, or the 2007 test images.
+        download: fetch the file where it is missing.
+
+    Returns:
+        :class:`Images` of shape ``(N, 1, 16, 16)``.
+
+    Raises:
+        ImportError: torchvision is not installed.
+        RuntimeError: the file is missing, and ``download`` is false.
+    """
+    try:
+        usps = _datasets().USPS(root or data_root(), train=train, download=download)
+    except FileNotFoundError as error:
+        raise RuntimeError(f"USPS not found: {error.filename}; download=True fetches it") from error
+    return _images(usps.data[:, None], usps.targets, [str(digit) for digit in range(10)], 255)
+
+
 def load_cifar10(root: str | Path | None = None, *, train: bool = True, download: bool = True) -> Images:
     """Load CIFAR-10 through ``torchvision.datasets``.
 

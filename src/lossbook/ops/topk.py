@@ -90,8 +90,8 @@ def streamed_topk(
         )
     left = num_keys
     if exclude is not None:
-        _checks.integer("exclude", exclude, ndim=2 if getattr(exclude, "ndim", 1) == 2 else 1)
-        if exclude.shape[0] != rows:
+        _checks.integer("exclude", exclude, ndim=getattr(exclude, "ndim", 1))
+        if exclude.ndim not in (1, 2) or exclude.shape[0] != rows:
             raise ValueError(f"exclude must have shape ({rows},) or ({rows}, m), got {tuple(exclude.shape)}")
         if _checks.known_false((exclude >= 0) & (exclude < num_keys)):
             raise ValueError(f"exclude must hold indices in [0, {num_keys}), got {exclude.min()} to {exclude.max()}")

@@ -56,7 +56,7 @@ _LOG_COMPARATORS = {
 
 
 def _checked(steepness: float, distribution: str) -> float:
-    if distribution not in _COMPARATORS:
+    if not isinstance(distribution, str) or distribution not in _COMPARATORS:
         raise ValueError(f"distribution must be one of {tuple(_COMPARATORS)}, got {distribution!r}")
     return _checks.positive_number("steepness", steepness)
 
@@ -294,7 +294,7 @@ def group_log_probabilities(
     steepness = _checked(steepness, distribution)
     n = _checks.floating("x", x, 2).shape[1]
     _check_split(num_negatives, n)
-    if network not in _NETWORKS:
+    if not isinstance(network, str) or network not in _NETWORKS:
         raise ValueError(f"network must be one of {tuple(_NETWORKS)}, got {network!r}")
     layers = _NETWORKS[network](n)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -376,6 +376,9 @@ def groco_loss(
             raise ValueError(f"mask must keep at least num_negatives = {k} in each row, got {mask.sum(1).min()}")
         negative = negative.masked_fill(~mask, -torch.inf)
     hardest = negative.topk(k, dim=1).values.flip(1)
+    for name, scores in (("positive", positive), ("negative", hardest)):
+        if _checks.known_false(scores.isfinite()):
+            raise ValueError(f"{name} must be finite (a negative, where it is used), got NaN or infinity")
     x = torch.cat([hardest, positive.sort(dim=1).values], dim=1)
     log_probability = group_log_probabilities(x, k, steepness=steepness, distribution=distribution)
     own = torch.cat([log_probability[:, :k, 0], log_probability[:, k:, 1]], dim=1)
@@ -438,10 +441,7 @@ def groco_multi_view_loss(
     keys = views.detach() if stop_gradient else views
     own = ops.local_rows(rows, views.device) if distributed else torch.arange(rows, device=views.device)
     losses = []
-    for group in (
-        range(as_positive),
-        range(as_positive, num_views),
-    ):  # the anchors of a group have equally many positives
+    for group in (range(as_positive), range(as_positive, num_views)):  # anchors with equally many positives together
         if not group:
             continue
         hardest, positive = [], []

@@ -23,11 +23,6 @@ from lossbook import _checks, ops
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _non_negative(name: str, value: float) -> float:
-    """``value`` as a float, if it is finite and at least zero."""
-    return 0.0 if value == 0 and not isinstance(value, bool) else _checks.positive_number(name, value)
-
-
 def _column(temperature: float | Tensor) -> float | Tensor:
     """The temperature, shaped to divide a ``(B, m)`` tensor."""
     return temperature[:, None] if isinstance(temperature, Tensor) and temperature.ndim == 1 else temperature
@@ -54,7 +49,7 @@ def kl_from_uniform(difference: Tensor, *, temperature: float | Tensor) -> Tenso
         >>> kl_from_uniform(torch.tensor([[0.0, 1.0, 2.0]]), temperature=1.0)
         tensor([0.2662])
     """
-    _checks.floating("difference", difference, 2)
+    _checks.finite("difference", _checks.floating("difference", difference, 2))
     log_p = torch.log_softmax(difference / _column(_checks.temperature(temperature, len(difference))), dim=1)
     return (log_p.exp() * log_p).sum(1) + math.log(difference.shape[1])
 
@@ -87,10 +82,10 @@ def dual_objective(
         >>> dual_objective(torch.tensor([[0.0, 1.0, 2.0]]), temperature=1.0, rho=0.5)
         tensor([1.8090])
     """
-    _checks.floating("difference", difference, 2)
+    _checks.finite("difference", _checks.floating("difference", difference, 2))
     temperature = _checks.temperature(temperature, len(difference))
     log_mean = torch.logsumexp(difference / _column(temperature), dim=1) - math.log(difference.shape[1])
-    price = (temperature - _non_negative("tau_floor", tau_floor)) * _non_negative("rho", rho)
+    price = (temperature - _checks.number("tau_floor", tau_floor, 0)) * _checks.number("rho", rho, 0)
     return _checks.reduced(temperature * log_mean + price, reduction)
 
 
@@ -153,8 +148,8 @@ def optimal_temperature(difference: Tensor, *, rho: float, tau_floor: float = 0.
         >>> optimal_temperature(torch.tensor([[0.0, 1.0, 2.0], [0.0, 10.0, 20.0]]), rho=0.3)
         tensor([0.9267, 9.2665])
     """
-    _checks.floating("difference", difference, 2)
-    rho, tau_floor = _non_negative("rho", rho), _non_negative("tau_floor", tau_floor)
+    _checks.finite("difference", _checks.floating("difference", difference, 2))
+    rho, tau_floor = _checks.number("rho", rho, 0), _checks.number("tau_floor", tau_floor, 0)
     if not tau_floor < _checks.positive_number("tau_max", tau_max):
         raise ValueError(f"tau_max must be above tau_floor = {tau_floor}, got {tau_max}")
     h = difference.double()
@@ -308,12 +303,13 @@ class _IndividualTemperatures(nn.Module):
             _checks.positive_number(name, tau)
         if not tau_min <= tau_init <= tau_max:
             raise ValueError(f"tau_init must lie in [tau_min, tau_max] = [{tau_min}, {tau_max}], got {tau_init}")
-        self.num_samples, self.rho = shape[-1], _non_negative("rho", rho)
+        self.num_samples, self.rho = shape[-1], _checks.number("rho", rho, 0)
         self.tau_min, self.tau_max = tau_min, tau_max
         self.gamma, self.beta = _checks.fraction("gamma", gamma), _checks.fraction("beta", beta)
         self.eta = _checks.positive_number("eta", eta)
         self.grad_clip = math.inf if grad_clip is None else _checks.positive_number("grad_clip", grad_clip)
-        self.individual, self.distributed, self.chunk_size = individual, distributed, chunk_size
+        self.individual, self.distributed = individual, distributed
+        self.chunk_size = None if chunk_size is None else _checks.positive_int("chunk_size", chunk_size)
         self.warmup_steps = _checks.positive_int("warmup_steps", warmup_steps, minimum=0)
         self.register_buffer("log_inner", torch.full(shape, -torch.inf))  # log 0: not seen yet
         self.register_buffer("temperature", torch.full(shape, float(tau_init)))
@@ -333,6 +329,8 @@ class _IndividualTemperatures(nn.Module):
             raise ValueError(f"index must name {len(first)} samples, one for each row, got {len(index)}")
         if _checks.known_false((index >= 0) & (index < self.num_samples)):
             raise ValueError(f"index must lie in [0, {self.num_samples}), got {index.min()} to {index.max()}")
+        for name, x in zip(names, (first, second), strict=True):
+            _checks.finite(name, x)  # NaN would stay in the state
         rows = [_unit_rows(first), _unit_rows(second)]
         needed = self.training or torch.is_grad_enabled()
         with torch.set_grad_enabled(needed), torch.autocast(first.device.type, enabled=False):
@@ -391,7 +389,7 @@ class ISogCLRLoss(_IndividualTemperatures):
     Both views are anchors, and the views of all *other* samples of the batch are their negatives. With :math:`\hat g` the batch's mean of
     :math:`e^{s_{ij}/\tau_i}`, each anchor takes :math:`s=(1-\gamma)s_i+\gamma\hat g`, or :math:`\hat g` where the sample is new. The value is the
     objective at these estimates, :math:`\frac1B\sum_i\sum_{\mathrm{views}}\tau_i(\log s+\rho)-s_{ii}` (eq-isogclr-objective); its gradient is that of
-    :math:`\tau_i\hat g/s-s_{ii}` with :math:`s` held fixed (eq-isogclr-estimator), not what differentiating the value would give. Then the
+    :math:`\tau_i\hat g/s-s_{ii}` with :math:`s` held fixed (eq-isogclr-estimator), not what differentiating the value would give; there is no second one. Then the
     temperatures take a step (eq-isogclr-temperature-step); the value uses those from before. State moves in ``train()`` mode only.
 
     As in the authors' code for this case, :math:`s` averages :math:`e^{s_{ij}/\tau}`, without the positive. A sample that comes twice in a batch is no
