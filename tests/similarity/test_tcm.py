@@ -123,6 +123,25 @@ def test_a_row_is_no_pair_with_itself():
     assert loss.item() == pytest.approx(0.2)
 
 
+@few
+@given(seeds)
+def test_pairs_take_margins_and_weights(seed):
+    x, labels = draw(seed)
+    one, other = torch.triu_indices(12, 12, offset=1)
+    slow = slow_tcm(x, labels.tolist(), 0.8, 0.4)
+    options = dict(positive_margin=0.8, negative_margin=0.4, positive_weight=2.0, negative_weight=0.3)
+    loss, *parts = M.tcm_loss(x, labels, pairs=(one, other), return_parts=True, **options)
+    assert [part.item() for part in parts] == pytest.approx(slow, abs=1e-12)
+    assert loss.item() == pytest.approx(2 * slow[0] + 0.3 * slow[1], abs=1e-12)
+
+
+def test_similarities_take_margins():
+    positive, negative = torch.tensor([0.95, 0.7], dtype=float64), torch.tensor([0.4, 0.1], dtype=float64)
+    options = dict(positive_margin=0.8, negative_margin=0.2, positive_weight=2.0, negative_weight=0.3)
+    loss = M.tcm_loss_from_similarity(positive, negative, **options)
+    assert loss.item() == pytest.approx(2 * 0.1 + 0.3 * 0.2, abs=1e-12)
+
+
 def test_pairs_select():
     x, labels = draw(0)
     chosen = torch.tensor([0, 3, 5]), torch.tensor([1, 2, 9])
@@ -319,6 +338,17 @@ def test_normalized_softmax_by_hand():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_normalized_softmax_with_proxies_of_any_length(scale):
+    z, proxies = plane([0, 100]).float(), plane([10, 90, 200]).float()
+    labels = torch.tensor([0, 2])
+    scaled = (scale * proxies).requires_grad_()
+    loss = M.normalized_softmax_loss(z, scaled, labels)
+    assert loss.item() == pytest.approx(M.normalized_softmax_loss(z, proxies, labels).item(), rel=1e-6)
+    (grad,) = torch.autograd.grad(loss, scaled)
+    assert grad.isfinite().all() and grad.abs().sum() > 0
+
+
 # --- theorems ---------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +368,22 @@ def test_ranking_losses_are_blind_to_the_offset_of_a_row():
         torch.testing.assert_close(row_gradient_sums(ranking), torch.zeros(8, dtype=float64), rtol=0, atol=1e-12)
     sums = row_gradient_sums(tcm)
     assert sums.abs().max() > 0.1 and sums.sum().item() == pytest.approx(-3 + 1)
+
+
+@few
+@given(seeds, st.floats(-0.5, 0.5).filter(lambda b: abs(b) > 0.01))
+def test_a_shift_of_all_similarities_changes_tcm_and_no_softmax(seed, shift):
+    generator = torch.Generator().manual_seed(seed)
+    labels, eye = torch.arange(8) // 2, torch.eye(8, dtype=torch.bool)
+    same = (labels[:, None] == labels) & ~eye
+    s = (
+        torch.rand(8, 8, generator=generator, dtype=float64) * 0.3 + 0.6
+    )  # no positive leaves its set at a shift below 0
+    softmax = lambda s: (torch.logsumexp(s.masked_fill(eye, -torch.inf) / 0.1, 1) - s[same] / 0.1).sum().item()
+    tcm = lambda s: M.tcm_loss_from_similarity(s[same], s[:0, 0], positive_margin=1.0).item()
+    assert softmax(s + shift) == pytest.approx(softmax(s), rel=1e-9)
+    if shift < 0:
+        assert tcm(s + shift) == pytest.approx(tcm(s) - shift)
 
 
 @few
@@ -402,6 +448,26 @@ def test_small_hinges_bound_the_inconsistency(seed, c):
     worst = torch.maximum(miss, accept).amax(0).clamp(max=1)
     assert (curves >= 1 - torch.maximum(miss, accept) - 1e-12).all()
     assert (curves.var(dim=0, correction=0) <= worst.square() / 4 + 1e-12).all()
+
+
+@few
+@given(seeds)
+def test_the_loss_bounds_the_hinges_of_each_class(seed):
+    x, labels = draw(seed)
+    _, *parts = M.tcm_loss(x, labels, return_parts=True)
+    *hinges, classes = M.class_hinges(x, labels)
+    sizes = torch.tensor([(labels == c).sum().item() for c in classes])
+    own, other = sizes * (sizes - 1) / 2, sizes * (12 - sizes)
+    total = own.sum(), 12 * 11 / 2 - own.sum()
+    for hinge, part, all_pairs, pairs in zip(hinges, parts, total, (own, other), strict=True):
+        assert (hinge <= all_pairs / pairs * part + 1e-12).all()
+
+
+def test_the_bound_of_the_loss_is_attained():
+    # One class has both of the hard pairs and each of its pairs is hard; the other has no hard pair but as many pairs.
+    x, labels = plane([0, 60, 180, 180]), torch.tensor([0, 0, 1, 1])
+    loss, positive, _ = M.tcm_loss(x, labels, return_parts=True)
+    assert positive.item() == pytest.approx(0.4) and M.class_hinges(x, labels)[0].tolist() == pytest.approx([0.4, 0])
 
 
 @few
@@ -492,6 +558,38 @@ def test_a_pair_at_the_threshold_is_accepted():
     assert sensitivity.tolist() == [[0, 1, 1]] * 2 and specificity.tolist() == [[1, 1, 0]] * 2
 
 
+def test_distances_of_float32_rows_are_in_float64():
+    x = torch.tensor([[1.0, 0.0], [1.0, 1e-4], [-1.0, 0.0], [-1.0, 1e-4]])
+    gap = 2 * math.sin(math.atan(x[1, 1].item()) / 2)
+    t = torch.tensor([gap - 1e-9, gap + 1e-9], dtype=float64)
+    sensitivity, _, _ = M.operating_characteristics(x, torch.tensor([0, 0, 1, 1]), t)
+    assert sensitivity.tolist() == [[0, 1]] * 2
+
+
+def test_precomputed_distances_are_not_copied():
+    generator = torch.Generator().manual_seed(0)
+    distance = torch.rand(400, 400, generator=generator)
+    distance, labels = distance + distance.T, torch.arange(400) % 20
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            outs = out if isinstance(out, tuple | list) else [out]
+            largest.extend(
+                o.numel()
+                for o in outs
+                if isinstance(o, torch.Tensor)
+                and o.untyped_storage().data_ptr() != distance.untyped_storage().data_ptr()
+            )
+            return out
+
+    with Watch():
+        M.operating_characteristics(distance, labels, torch.tensor([0.5, 1.0]), metric="precomputed", chunk_size=16)
+        M.calibration_range(distance, labels, metric="precomputed", chunk_size=16)
+    assert max(largest) <= max(16 * 400, M._BINS)
+
+
 @few
 @given(seeds, st.sampled_from(M.METRICS), st.integers(1, 40), st.floats(0.01, 0.5), st.floats(0.51, 1))
 def test_calibration_range_is_the_quantile_of_the_negatives(seed, metric, chunk_size, first, second):
@@ -532,9 +630,10 @@ def test_utility_limits():
     assert M.utility(psi, phi).item() == pytest.approx(2 / (1 / 0.8 + 1 / 0.3))
     assert M.utility(psi, phi, c=1e-3).item() == pytest.approx(0.3, abs=1e-5)
     assert M.utility(psi, phi, c=1e3).item() == pytest.approx(0.8, abs=1e-5)
+    assert M.utility(psi, phi, c=1e-200).item() == pytest.approx(0.3) and M.utility(psi, phi, c=1e200).item() == 0.8
     zero, one = torch.zeros(1), torch.ones(1)
     for pair in ((zero, zero), (zero, one), (one, zero)):
-        for c in (1e-8, 1.0, 1e8):
+        for c in (1e-200, 1e-8, 1.0, 1e8, 1e200):
             assert M.utility(*pair, c=c).item() == 0
 
 
@@ -574,6 +673,28 @@ def test_extreme_gap_takes_the_ends():
     assert M.extreme_gap(curves, t, fraction=0.1).item() == pytest.approx(0.81)
     assert M.extreme_gap(curves, t, fraction=0.2).item() == pytest.approx(0.75**2)
     assert M.extreme_gap(curves, t, fraction=0.01).item() == pytest.approx(0.81)  # at least one class
+
+
+def test_extreme_gap_ranks_by_the_integral_on_an_uneven_grid():
+    # Plain means rank the second row best (0.6, then 0.4 and 0.3); over the range the means are 0.1, 0.3 and 0.9.
+    t = torch.tensor([0.0, 0.1, 0.2, 1.0], dtype=float64)
+    curves = torch.tensor([[0.4, 0.4, 0.4, 0.4], [1.0, 1.0, 0.2, 0.2], [0.0, 0.0, 0.6, 0.6]], dtype=float64)
+    assert curves.mean(1).argmax() == 1 and torch.trapezoid(curves, t).argsort().tolist() == [1, 0, 2]
+    gap = torch.trapezoid((curves[2] - curves[1]).square(), t)
+    assert M.extreme_gap(curves, t).item() == pytest.approx(gap.item())
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.29, 29), (0.07, 7), (0.075, 7), (0.5, 50), (0.001, 1)])
+def test_extreme_gap_counts_the_classes(fraction, count):
+    curves = torch.arange(100, dtype=float64)[:, None].repeat(1, 2) / 100
+    gap = M.extreme_gap(curves, torch.tensor([0.0, 1.0]), fraction=fraction)
+    assert gap.item() == pytest.approx((1 - count / 100) ** 2)
+
+
+def test_a_grid_finer_than_the_curves_dtype():
+    t = torch.tensor([1, 1 + 1e-9, 1 + 2e-9], dtype=float64)
+    curves = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    assert M.opis(curves, t).item() == pytest.approx(0.25) and M.extreme_gap(curves, t).item() == pytest.approx(1)
 
 
 def test_recall_at_1():
@@ -726,6 +847,7 @@ BAD = [
     (lambda: M.tcm_loss(X, Y, negative_weight=True), TypeError, "negative_weight"),
     (lambda: M.tcm_loss(X, Y, chunk_size=0), ValueError, "chunk_size"),
     (lambda: M.tcm_loss(X, Y, chunk_size=2.0), TypeError, "chunk_size"),
+    (lambda: M.tcm_loss(X, Y, chunk_size="a", pairs=(lone, lone.flip(0))), TypeError, "chunk_size"),
     (lambda: M.tcm_loss(X, Y, pairs=Y), TypeError, "pairs"),
     (lambda: M.tcm_loss(X, Y, pairs=(Y, Y[:-1])), ValueError, "pairs"),
     (lambda: M.tcm_loss(X, Y, pairs=([0], [1])), TypeError, "pairs"),
@@ -740,6 +862,8 @@ BAD = [
     (lambda: M.normalized_softmax_loss(X, X[:, :2], Y), ValueError, "proxies"),
     (lambda: M.normalized_softmax_loss(X, X.float(), Y), ValueError, "proxies"),
     (lambda: M.normalized_softmax_loss(X, X[:2], Y), ValueError, "labels"),
+    (lambda: M.normalized_softmax_loss(X, with_zero, Y), ValueError, "proxies.*zeros"),
+    (lambda: M.normalized_softmax_loss(X, with_nan, Y), ValueError, "proxies.*finite"),
     (lambda: M.normalized_softmax_loss(X, X, Y, scale=0), ValueError, "scale"),
     (lambda: M.supervised_contrastive_loss(X, Y, temperature=0), ValueError, "temperature"),
     (lambda: M.supervised_contrastive_loss(X, Y, temperature=None), TypeError, "temperature"),
@@ -749,6 +873,8 @@ BAD = [
     (lambda: M.operating_characteristics(X, Y, T, metric="manhattan"), ValueError, "metric"),
     (lambda: M.operating_characteristics(X, Y, T, metric="precomputed"), ValueError, "embedding.*square"),
     (lambda: M.operating_characteristics(X[:, :1] - X[:, 0], Y, T, metric="precomputed"), ValueError, "symmetric"),
+    (lambda: M.operating_characteristics(with_nan @ X.T, Y, T, metric="precomputed"), ValueError, "embedding.*finite"),
+    (lambda: M.calibration_range(X @ X.T / 0, Y, metric="precomputed"), ValueError, "embedding.*finite"),
     (lambda: M.operating_characteristics(X @ X.T, Y[1:], T, metric="precomputed"), ValueError, "labels"),
     (lambda: M.operating_characteristics(X, lone, T), ValueError, "labels.*two classes"),
     (lambda: M.operating_characteristics(X, 0 * lone, T), ValueError, "labels.*two classes"),

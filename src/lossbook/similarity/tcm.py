@@ -10,9 +10,7 @@ its labels agree. A pair is accepted at threshold :math:`t` if :math:`\delta_{ij
 are, and :math:`\phi_i(t)` the share of its negative pairs that are not.
 """
 
-import math
 from collections.abc import Iterator
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -28,28 +26,26 @@ METRICS = ("euclidean", "cosine", "precomputed")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _between(name: str, value: float, low: float, high: float) -> float:
-    """``value`` as a float, if it is a finite number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{name} must be finite and lie in [{low:g}, {high:g}], got {value}")
-    return float(value)
-
-
 def _margins(positive_margin: float, negative_margin: float) -> tuple[float, float]:
     """The two margins, if they are cosines in the right order."""
-    positive = _between("positive_margin", positive_margin, -1, 1)
-    if not _between("negative_margin", negative_margin, -1, 1) < positive:
+    positive = _checks.number("positive_margin", positive_margin, -1, 1)
+    if not _checks.number("negative_margin", negative_margin, -1, 1) < positive:
         raise ValueError(f"negative_margin must be below positive_margin = {positive}, got {negative_margin}")
     return positive, float(negative_margin)
 
 
 def _finite(name: str, value: Tensor, ndim: int) -> Tensor:
     """``value``, if it is a floating-point tensor of finite numbers with ``ndim`` dimensions, none of them empty."""
-    if _checks.known_false(torch.isfinite(_checks.floating(name, value, ndim))):
-        raise ValueError(f"{name} must be finite, got inf or nan")
-    return value
+    return _checks.finite(name, _checks.floating(name, value, ndim))
+
+
+def _directions(name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows at length one, in ``dtype`` or wider, if none of them is zero."""
+    if _checks.known_false((rows != 0).any(1)):
+        raise ValueError(f"{name} must not have a row of zeros: it has no direction")
+    rows = rows.to(torch.promote_types(rows.dtype, dtype))
+    largest = rows.detach().abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    return F.normalize(rows / largest, dim=1)  # no overflow, and no underflow, in the squares
 
 
 def _unit_rows(embedding: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,11 +55,7 @@ def _unit_rows(embedding: Tensor, labels: Tensor, dtype: torch.dtype = torch.flo
         raise ValueError(f"labels must have shape ({len(embedding)},), one for each row, got {tuple(labels.shape)}")
     if len(embedding) < 2:
         raise ValueError(f"embedding must have at least 2 rows, so that there is a pair, got {len(embedding)}")
-    if _checks.known_false((embedding != 0).any(1)):
-        raise ValueError("embedding must not have a row of zeros: it has no direction")
-    rows = embedding.to(torch.promote_types(embedding.dtype, dtype))
-    largest = rows.detach().abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-    return F.normalize(rows / largest, dim=1)  # no overflow, and no underflow, in the squares
+    return _directions("embedding", embedding, dtype)
 
 
 def _hard(similarities: Tensor, same: Tensor, margins: tuple[float, float]) -> tuple[Tensor, Tensor]:
@@ -127,8 +119,7 @@ def _weighted(sums: tuple[Tensor, ...], weights: tuple[float, float], return_par
 
 
 def _weights(positive_weight: float, negative_weight: float) -> tuple[float, float]:
-    positive = _between("positive_weight", positive_weight, 0, math.inf)
-    return positive, _between("negative_weight", negative_weight, 0, math.inf)
+    return _checks.number("positive_weight", positive_weight, 0), _checks.number("negative_weight", negative_weight, 0)
 
 
 def tcm_loss(
@@ -179,6 +170,8 @@ def tcm_loss(
     """
     margins = _margins(positive_margin, negative_margin)
     weights = _weights(positive_weight, negative_weight)
+    if chunk_size is not None:
+        _checks.positive_int("chunk_size", chunk_size)
     z = _unit_rows(embedding, labels)
     if pairs is not None:
         if distributed:
@@ -189,7 +182,7 @@ def tcm_loss(
         return _weighted(_sums(similarities, *hard, margins), weights, return_parts)
     own = ops.local_rows(len(z), z.device) if distributed else torch.arange(len(z), device=z.device)
     keys, key_labels = (ops.gather(z), ops.gather(labels)) if distributed else (z, labels)
-    rows = _chunk_rows(len(keys), z.device) if chunk_size is None else _checks.positive_int("chunk_size", chunk_size)
+    rows = _chunk_rows(len(keys), z.device) if chunk_size is None else int(chunk_size)
     with torch.autocast(z.device.type, enabled=False):
         positive, negative, *counts = _HardPairSums.apply(z, keys, labels, key_labels, own, margins, rows)
     if distributed:  # the mean over processes is then a mean over all pairs
@@ -265,7 +258,7 @@ def normalized_softmax_loss(embedding: Tensor, proxies: Tensor, labels: Tensor, 
 
     Args:
         embedding: shape ``(B, d)``, floating point, B > 1; rows are L2-normalized here.
-        proxies: shape ``(C, d)``, the dtype of ``embedding``; rows are L2-normalized here.
+        proxies: shape ``(C, d)``, the dtype of ``embedding``; rows are L2-normalized here, and none may be zero.
         labels: int64, shape ``(B,)``, in ``[0, C)``.
         scale: :math:`\gamma>0`, the inverse of a temperature.
 
@@ -293,7 +286,7 @@ def normalized_softmax_loss(embedding: Tensor, proxies: Tensor, labels: Tensor, 
         raise ValueError(
             f"labels must lie in [0, {len(proxies)}), one proxy each, got {labels.min()} to {labels.max()}"
         )
-    centers = F.normalize(proxies.to(z.dtype), dim=1)
+    centers = _directions("proxies", proxies, z.dtype)
     return -ops.token_logprobs(z, centers, labels, temperature=1 / _checks.positive_number("scale", scale)).mean()
 
 
@@ -340,6 +333,12 @@ def supervised_contrastive_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _ends(distance: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest of given distances, in float64; both are finite only if all are, and nothing is copied."""
+    ends = torch.stack(torch.aminmax(_checks.floating("embedding", distance, 2)))
+    return tuple(_checks.finite("embedding", ends).double())
+
+
 def _distance_rows(
     embedding: Tensor, labels: Tensor, metric: str, chunk_size: int | None
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -347,13 +346,11 @@ def _distance_rows(
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
     if metric == "precomputed":
-        distance = _finite("embedding", embedding, 2).double()
-        if distance.shape[0] != distance.shape[1] or len(distance) < 2:
+        largest = max(end.abs() for end in _ends(embedding))
+        if embedding.shape[0] != embedding.shape[1] or len(embedding) < 2:
             raise ValueError(f"embedding must be a square matrix of distances, got shape {tuple(embedding.shape)}")
-        if _checks.known_false((distance - distance.T).abs() <= 1e-5 * distance.abs().max()):
-            raise ValueError("embedding must be a symmetric matrix of distances")
-        if len(_checks.integer("labels", labels, 1)) != len(distance):
-            raise ValueError(f"labels must have shape ({len(distance)},), got {tuple(labels.shape)}")
+        if len(_checks.integer("labels", labels, 1)) != len(embedding):
+            raise ValueError(f"labels must have shape ({len(embedding)},), got {tuple(labels.shape)}")
     else:
         z = _unit_rows(embedding, labels, torch.float64)
     rows = (
@@ -364,7 +361,10 @@ def _distance_rows(
     for start in range(0, len(embedding), rows):
         chunk = slice(start, start + rows)
         if metric == "precomputed":
-            yield chunk, distance[chunk]
+            distance = embedding[chunk].double()
+            if _checks.known_false((distance - embedding[:, chunk].T).abs() <= 1e-5 * largest):
+                raise ValueError("embedding must be a symmetric matrix of distances")
+            yield chunk, distance
         else:
             cosine_distance = (1 - z[chunk] @ z.T).clamp(min=0)
             yield chunk, cosine_distance if metric == "cosine" else (2 * cosine_distance).sqrt()
@@ -508,14 +508,15 @@ def utility(sensitivity: Tensor, specificity: Tensor, *, c: float = 1.0) -> Tens
     for name, value in (("sensitivity", sensitivity), ("specificity", specificity)):
         if _checks.known_false((value >= 0) & (value <= 1)):
             raise ValueError(f"{name} must lie in [0, 1]")
-    # Divided by 1 + c^2, so that neither end of the range of c loses its digits.
-    weight = 1 / (1 + c**-2)
+    # Divided by 1 + c^2, and squared where it is at most 1, so that neither end of the range of c overflows.
+    small = min(c, 1 / c) ** 2
+    weight = (1 if c > 1 else small) / (1 + small)
     below = weight * specificity + (1 - weight) * sensitivity
     return sensitivity * specificity / below.where(below > 0, 1)
 
 
 def _curves(utility: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked curves and their grid, of one dtype."""
+    """Checked curves and their grid, in the wider of their dtypes: in the narrower one, neighbors in the grid might coincide."""
     _finite("utility", utility, 2)
     _finite("thresholds", thresholds, 1)
     if utility.shape[1] != len(thresholds) or len(thresholds) < 2:
@@ -526,7 +527,8 @@ def _curves(utility: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"utility must have at least 2 rows, one for each class, got {len(utility)}")
     if _checks.known_false(thresholds.diff() > 0):
         raise ValueError("thresholds must be strictly ascending")
-    return utility, thresholds.to(utility.dtype)
+    dtype = torch.promote_types(utility.dtype, thresholds.dtype)
+    return utility.to(dtype), thresholds.to(dtype)
 
 
 def opis(utility: Tensor, thresholds: Tensor) -> Tensor:
@@ -537,7 +539,7 @@ def opis(utility: Tensor, thresholds: Tensor) -> Tensor:
         thresholds: the grid of the calibration range, shape ``(G,)``, strictly ascending; integrals are by the trapezoid rule.
 
     Returns:
-        Shape ``()``, between 0 and 1/4.
+        Shape ``()``, the wider of the two dtypes, between 0 and 1/4.
 
     Raises:
         TypeError, ValueError: for a wrong type, shape or order, naming the argument.
@@ -563,10 +565,10 @@ def extreme_gap(utility: Tensor, thresholds: Tensor, *, fraction: float = 0.1) -
     Args:
         utility: shape ``(T, G)``, floating point.
         thresholds: shape ``(G,)``, strictly ascending.
-        fraction: :math:`\epsilon`, in (0, 1/2]; at least one class is taken at each end.
+        fraction: :math:`\epsilon`, in (0, 1/2]; :math:`\epsilon T` classes, rounded down, are taken at each end, and at least one.
 
     Returns:
-        Shape ``()``, between 0 and 1.
+        Shape ``()``, the wider of the two dtypes, between 0 and 1.
 
     Raises:
         TypeError, ValueError: for a wrong type, shape, order or fraction, naming the argument.
@@ -585,7 +587,7 @@ def extreme_gap(utility: Tensor, thresholds: Tensor, *, fraction: float = 0.1) -
         raise ValueError(f"fraction must lie in (0, 0.5], got {fraction}")
     length = thresholds[-1] - thresholds[0]
     ranked = utility[torch.trapezoid(utility, thresholds, dim=1).argsort()]
-    count = max(1, int(fraction * len(utility)))
+    count = max(1, int(fraction * len(utility) + 1e-9))  # 0.29 of 100 are 29, though the product is a little less
     gap = ranked[-count:].mean(0) - ranked[:count].mean(0)
     return torch.trapezoid(gap.square(), thresholds) / length
 
@@ -644,7 +646,7 @@ def calibration_range(
 
     low, high = 0.0, 2.0
     if metric == "precomputed":
-        low, high = (value.double() for value in torch.aminmax(_finite("embedding", embedding, 2)))
+        low, high = _ends(embedding)
         high = high.where(high > low, low + 1)
     counts = sum(torch.bincount(bins(values), minlength=_BINS) for values in negatives())
     total = int(counts.sum())
