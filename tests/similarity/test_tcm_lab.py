@@ -40,12 +40,12 @@ def test_full_profile_trains_and_measures(monkeypatch):
         if "measured" in names:
             break
     torch.set_num_threads(threads)
-    assert len(names["measured"]) == 2 * 13 + 2
+    assert len(names["measured"]) == 2 * 21 + 2
     for (setting, _seed), result in names["measured"].items():
         for part in result.values():
             assert 0 <= part["recall@1"] <= 1 and 0 <= part["OPIS"] <= 250 and math.isfinite(part["worst class"])
             assert all(curve.shape[-1] == 50 for curve in part["curves"])
-        assert ("other" in result) == ("softmax" in setting) and ("trained" in result) == ("digits" in setting)
+        assert "other" in result and ("trained" in result) == ("digits" in setting)
         assert len(result["new"]["curves"][1]) == (16 if "digits" in setting else 20)
     first, second, new = names["load"](0)
     assert [len(part) for part in (first, second, new)] == [60, 20, 20] and first.shape[1:] == (8, 3, 32, 32)
