@@ -676,11 +676,11 @@ def test_extreme_gap_takes_the_ends():
 
 
 def test_extreme_gap_ranks_by_the_integral_on_an_uneven_grid():
-    # Plain means rank the second row best (0.6, then 0.4 and 0.3); over the range the means are 0.1, 0.3 and 0.9.
+    # Plain means rank the third row last and the second first; over the range the first is last and the third first.
     t = torch.tensor([0.0, 0.1, 0.2, 1.0], dtype=float64)
-    curves = torch.tensor([[0.4, 0.4, 0.4, 0.4], [1.0, 1.0, 0.2, 0.2], [0.0, 0.0, 0.6, 0.6]], dtype=float64)
-    assert curves.mean(1).argmax() == 1 and torch.trapezoid(curves, t).argsort().tolist() == [1, 0, 2]
-    gap = torch.trapezoid((curves[2] - curves[1]).square(), t)
+    curves = torch.tensor([[0.35, 0.35, 0.35, 0.35], [1.0, 1.0, 0.25, 0.25], [0.0, 0.0, 0.6, 0.6]], dtype=float64)
+    assert curves.mean(1).argsort().tolist() == [2, 0, 1] and torch.trapezoid(curves, t).argsort().tolist() == [0, 1, 2]
+    gap = torch.trapezoid((curves[2] - curves[0]).square(), t)
     assert M.extreme_gap(curves, t).item() == pytest.approx(gap.item())
 
 
