@@ -36,6 +36,8 @@ POINTS = {
     "isogclr_temperature": 3,
     "pamc_meta": 2,
     "pamc_negative": 2,
+    "tcm_room": 2,
+    "tcm_opis": 2,
     "temperature_bound": 2,
     "temperature_gradients": 3,
     "temperature_penalty": 2,
@@ -53,6 +55,8 @@ FUNCTIONS = {
     "isogclr_temperature": "optimal_temperature",
     "pamc_meta": "meta_nodes",
     "pamc_negative": "meta_node_negative",
+    "tcm_room": "classes_in_the_plane",
+    "tcm_opis": "opis",
     "temperature_bound": "smallest_loss",
     "temperature_gradients": "loss_and_gradients",
     "temperature_penalty": "relative_penalty",
@@ -216,6 +220,25 @@ WRONG = {
         "products": """
             similarity = (centers @ centers.T).fill_diagonal_(0)
             return float(torch.logsumexp(tau * similarity, dim=1).mean())""",
+    },
+    "tcm_room": {
+        "points_only": "return int(np.floor(2 * np.pi / np.arccos(negative_margin) + 1e-9))",
+        "does_not_round": """
+            return max(1, int(2 * np.pi / (np.arccos(positive_margin) + np.arccos(negative_margin))))""",
+        "nearest": "return round(2 * np.pi / (np.arccos(positive_margin) + np.arccos(negative_margin)))",
+        "half_an_arc": """
+            needed = np.arccos(positive_margin) / 2 + np.arccos(negative_margin)
+            return int(np.floor(2 * np.pi / needed + 1e-9))""",
+    },
+    "tcm_opis": {
+        "divides_by_one_less": """
+            v = np.var(utility, axis=0, ddof=1)
+            return float(np.trapezoid(v, thresholds) / (thresholds[-1] - thresholds[0]))""",
+        "even_grid": "return float(np.var(utility, axis=0).mean())",
+        "forgets_the_length": "return float(np.trapezoid(np.var(utility, axis=0), thresholds))",
+        "standard_deviation": """
+            v = np.std(utility, axis=0)
+            return float(np.trapezoid(v, thresholds) / (thresholds[-1] - thresholds[0]))""",
     },
     "temperature_penalty": {
         "overflows": """
