@@ -36,16 +36,16 @@ POINTS = {
     "isogclr_temperature": 3,
     "pamc_meta": 2,
     "pamc_negative": 2,
-    "tcm_room": 2,
+    "proto_triplet_loss": 3,
+    "proto_triplet_score": 2,
     "tcm_opis": 2,
+    "tcm_room": 2,
     "temperature_bound": 2,
     "temperature_gradients": 3,
     "temperature_penalty": 2,
     "temperature_share": 3,
-    "proto_triplet_loss": 3,
-    "proto_triplet_score": 2,
-    "transductive_weight": 2,
     "transductive_update": 3,
+    "transductive_weight": 2,
 }
 FUNCTIONS = {
     "groco_layer": "soft_layer",
@@ -55,16 +55,16 @@ FUNCTIONS = {
     "isogclr_temperature": "optimal_temperature",
     "pamc_meta": "meta_nodes",
     "pamc_negative": "meta_node_negative",
-    "tcm_room": "classes_in_the_plane",
+    "proto_triplet_loss": "proto_triplet_loss",
+    "proto_triplet_score": "line_score",
     "tcm_opis": "opis",
+    "tcm_room": "classes_in_the_plane",
     "temperature_bound": "smallest_loss",
     "temperature_gradients": "loss_and_gradients",
     "temperature_penalty": "relative_penalty",
     "temperature_share": "temperature_for_share",
-    "proto_triplet_loss": "proto_triplet_loss",
-    "proto_triplet_score": "line_score",
-    "transductive_weight": "largest_weight",
     "transductive_update": "bound_update",
+    "transductive_weight": "largest_weight",
 }
 ALL = sum(POINTS.values())
 # Questions are graded in the order of their names, so these count although the next one never ends.
@@ -300,34 +300,54 @@ WRONG = {
     },
     "proto_triplet_loss": {
         "no_gradient_on_a_prototype": """
-            distance = (queries[:, None] - prototypes).square().sum(dim=2).sqrt()
+            z = queries.clone().requires_grad_()
+            distance = ((z[:, None] - prototypes).square().sum(dim=2)).sqrt()
             own = distance.gather(1, labels[:, None]).squeeze(1)
             wrong = distance.scatter(1, labels[:, None], torch.inf).amin(dim=1)
-            return torch.relu(own - wrong + margin).mean()""",
+            loss = torch.relu(own - wrong + margin).mean()
+            return loss.detach(), torch.autograd.grad(loss, z)[0]""",
         "squared": """
-            distance = (queries[:, None] - prototypes).square().sum(dim=2) + 1e-6
+            z = queries.clone().requires_grad_()
+            distance = ((z[:, None] - prototypes).square().sum(dim=2) + 1e-6)
             own = distance.gather(1, labels[:, None]).squeeze(1)
             wrong = distance.scatter(1, labels[:, None], torch.inf).amin(dim=1)
-            return torch.relu(own - wrong + margin).mean()""",
+            loss = torch.relu(own - wrong + margin).mean()
+            return loss.detach(), torch.autograd.grad(loss, z)[0]""",
         "nearest_of_all": """
-            distance = ((queries[:, None] - prototypes).square().sum(dim=2) + 1e-6).sqrt()
+            z = queries.clone().requires_grad_()
+            distance = ((z[:, None] - prototypes).square().sum(dim=2) + 1e-6).sqrt()
             own = distance.gather(1, labels[:, None]).squeeze(1)
-            return torch.relu(own - distance.amin(dim=1) + margin).mean()""",
+            wrong = distance.amin(dim=1)
+            loss = torch.relu(own - wrong + margin).mean()
+            return loss.detach(), torch.autograd.grad(loss, z)[0]""",
         "hinge_of_the_mean": """
-            distance = ((queries[:, None] - prototypes).square().sum(dim=2) + 1e-6).sqrt()
+            z = queries.clone().requires_grad_()
+            distance = ((z[:, None] - prototypes).square().sum(dim=2) + 1e-6).sqrt()
             own = distance.gather(1, labels[:, None]).squeeze(1)
             wrong = distance.scatter(1, labels[:, None], torch.inf).amin(dim=1)
-            return torch.relu((own - wrong + margin).mean())""",
+            loss = torch.relu((own - wrong + margin).mean())
+            return loss.detach(), torch.autograd.grad(loss, z)[0]""",
         "mean_of_the_wrong": """
-            distance = ((queries[:, None] - prototypes).square().sum(dim=2) + 1e-6).sqrt()
+            z = queries.clone().requires_grad_()
+            distance = ((z[:, None] - prototypes).square().sum(dim=2) + 1e-6).sqrt()
             own = distance.gather(1, labels[:, None]).squeeze(1)
             wrong = (distance.sum(dim=1) - own) / (len(prototypes) - 1)
-            return torch.relu(own - wrong + margin).mean()""",
-        "fixed_prototypes": """
-            distance = ((queries[:, None] - prototypes.detach()).square().sum(dim=2) + 1e-6).sqrt()
+            loss = torch.relu(own - wrong + margin).mean()
+            return loss.detach(), torch.autograd.grad(loss, z)[0]""",
+        "sum_over_the_queries": """
+            z = queries.clone().requires_grad_()
+            distance = ((z[:, None] - prototypes).square().sum(dim=2) + 1e-6).sqrt()
             own = distance.gather(1, labels[:, None]).squeeze(1)
             wrong = distance.scatter(1, labels[:, None], torch.inf).amin(dim=1)
-            return torch.relu(own - wrong + margin).mean()""",
+            loss = torch.relu(own - wrong + margin).sum()
+            return loss.detach(), torch.autograd.grad(loss, z)[0]""",
+        "pushes_inactive_queries": """
+            difference, rows = queries[:, None] - prototypes, torch.arange(len(queries))
+            distance = (difference.square().sum(dim=2) + 1e-6).sqrt()
+            nearest, wrong = distance.scatter(1, labels[:, None], torch.inf).min(dim=1)
+            unit = difference / distance[:, :, None]
+            loss = torch.relu(distance[rows, labels] - nearest + margin).mean()
+            return loss, (unit[rows, labels] - unit[rows, wrong]) / len(queries)""",
     },
     "proto_triplet_score": {
         "fits_the_example": """
@@ -655,7 +675,7 @@ def test_master_opens_in_colab_and_has_normalized_metadata():
         re.search(r"^name: (.*)$", cell.source, re.M)[1] for cell in notebook.cells if "BEGIN QUESTION" in cell.source
     ]
     slugs = {paper.slug for paper in registry.papers() if paper.part == "similarity"}
-    assert {name.split("_")[0] for name in names} <= slugs and len(set(names)) == len(names)
+    assert all(name.rpartition("_")[0] in slugs for name in names) and len(set(names)) == len(names)
 
 
 def test_untouched_student_version_runs_and_says_what_is_missing(built, tmp_path):
