@@ -46,7 +46,7 @@ from otter.test_files.exception_test import ExceptionTestFile
 START_SECONDS = 120  # for the grader's own part of a start, before the first cell
 NOTEBOOK_BYTES = 20 * 2**20
 ANSWER_BYTES = 4 * 2**20
-REASON_LENGTH = 1000
+REASON_LENGTH = 2000
 CONTEXT = multiprocessing.get_context("forkserver")
 LOCK = threading.Lock()  # multiprocessing expects one thread at a time to start and end processes
 
@@ -194,7 +194,9 @@ def grade(notebook: Path, tests: dict[str, str], seconds: float, megabytes: int)
         finally:
             student.end()
     row["total"] = sum(row[question] for question in files)
-    return row | {"status": student.status, "reason": _short("; ".join(filter(None, [student.reason, *reasons])))}
+    reasons = [reason for reason in (student.reason, *reasons) if reason]
+    share = REASON_LENGTH // max(len(reasons), 1) - 2  # each is named, however many there are
+    return row | {"status": student.status, "reason": _short("; ".join(reason[:share] for reason in reasons))}
 
 
 def _short(text: str) -> str:

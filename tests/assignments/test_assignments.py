@@ -197,9 +197,6 @@ WRONG = {
         "as_many_as_labels": """
             count = int(labels.max()) + 1
             return embedding.new_zeros(count, embedding.shape[1]).index_add(0, labels, embedding)""",
-        "one_hot": """
-            onehot = torch.nn.functional.one_hot(labels, num_clusters).to(embedding.dtype)
-            return onehot.T @ embedding""",
     },
     "pamc_negative": {
         "true_diagonal": """
