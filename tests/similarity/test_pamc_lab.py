@@ -54,7 +54,7 @@ def test_full_profile_trains_and_measures(monkeypatch):
         assert len(result["trace"]) == (2 if method == "PamC" else 0)
         if method == "PamC":
             trace = torch.tensor(result["trace"])
-            assert trace.shape == (2, 7 if setting == "KL strong" else 2) and trace.isfinite().all()
+            assert trace.shape == (2, 8 if setting == "KL strong" else 3) and trace.isfinite().all()
     scores = {m: names["measured"][m, "equal weights", 0]["trace"] for m in ("PamC", "exact")}
     assert scores["PamC"] and not scores["exact"]
     moved = {m: names["measured"][m, "equal weights", 0]["code"] for m in ("PamC", "exact", "PamC, shuffled")}
