@@ -1,6 +1,7 @@
 """The lab's `full` profile, on a few generated images of CIFAR-100's shape: the code path that `quick` does not take."""
 
 import math
+
 import torch
 from full_profile import run_full
 
