@@ -256,7 +256,8 @@ def in_top_k_guarantee(z: Tensor, num_classes: int) -> Tensor:
     _checks.floating("z", z)
     num_classes = _checks.positive_int("num_classes", num_classes, 2)
     # The guard: at z = sqrt(D - 1), rounded, the quotient may be a little below the 1 that it is.
-    k = ((1 + 1e-9) * num_classes / (1 + z.double().square())).floor().clamp(min=1)
+    guard = 1 + max(1e-9, 4 * torch.finfo(z.dtype).eps)
+    k = (guard * num_classes / (1 + z.double().square())).floor().clamp(min=1)
     return k.where(z > 0, float(num_classes)).long()
 
 
