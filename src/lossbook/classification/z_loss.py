@@ -285,7 +285,8 @@ def topk_error(logits: Tensor, target: Tensor, ks: Sequence[int]) -> Tensor:
     """
     logits = _classified(logits, target)
     ks = torch.tensor([_checks.positive_int("ks", k) for k in ks], device=logits.device)
-    rank = (~(logits < logits.gather(1, target[:, None]))).sum(1)  # 1 for the first; not-below counts ties, and NaN
+    below = (logits < logits.gather(1, target[:, None])).sum(1, dtype=torch.int32)
+    rank = logits.shape[1] - below  # 1 for the first; what is not below counts, so do ties and NaN
     return (rank[:, None] > ks).double().mean(0)
 
 
