@@ -10,6 +10,7 @@ Notation: ``logits`` (B, D) holds :math:`o=Wh` a row, ``target`` (B,) the class 
 ``total`` is :math:`s=\sum_ko_k`, ``total_sq`` is :math:`q=\sum_ko_k^2`, ``target_logit`` is :math:`o_c`.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -126,7 +127,8 @@ def z_loss_from_statistics(
 ) -> Tensor:
     r"""The Z-loss (eq-z_loss-loss) from three statistics a row, with :math:`\mu=s/D` and :math:`\sigma^2=q/D-\mu^2` (eq-z_loss-moments).
 
-    The difference loses digits where :math:`|\mu|\gg\sigma`; a centred :class:`SphericalOutput` has :math:`\mu=0`.
+    The difference loses digits where :math:`|\mu|\gg\sigma`; a centred :class:`SphericalOutput` has :math:`\mu=0`. A row in which it cannot be
+    told from rounding (:math:`\sigma^2` below 8 units of the last place of :math:`q/D`) counts as one of equal logits.
 
     Args:
         total: :math:`s`, shape ``(B,)``, floating point.
@@ -152,7 +154,8 @@ def z_loss_from_statistics(
     a, b, eps = _checks.positive_number("a", a), _checks.number("b", b), _checks.number("eps", eps, low=0)
     mean = total / num_classes
     variance = total_sq / num_classes - mean.square()
-    spread = variance > eps**2
+    # What is left of q/D - mu^2 when all logits are equal is rounding: a few units in the last place of q/D.
+    spread = variance > (total_sq.detach() / num_classes * (8 * torch.finfo(total_sq.dtype).eps)).clamp(min=eps**2)
     z = ((target_logit - mean) / variance.where(spread, 1.0).sqrt()).where(spread, 0.0)
     return -F.logsigmoid(a * (z - b)) / a  # softplus is linear above its threshold, which costs digits
 
@@ -419,9 +422,9 @@ class SphericalOutput(nn.Module):
         self._set_tolerance()
         self._sum_over_classes()
         if centred:  # eq-z_loss-centre
-            self.omega = -self.column_sum / self.num_classes
-            self.gram = self.gram - torch.outer(self.column_sum, self.column_sum) / self.num_classes
-            self.column_sum = torch.zeros_like(self.column_sum)
+            self.omega -= self.column_sum / self.num_classes
+            self.gram -= torch.outer(self.column_sum, self.column_sum) / self.num_classes
+            self.column_sum.zero_()
 
     def extra_repr(self) -> str:
         return f"{self.hidden_features}, {self.num_classes}, bias={self.bias}, tolerance={self.tolerance:g}, dtype={self.V.dtype}"
@@ -430,6 +433,8 @@ class SphericalOutput(nn.Module):
 
     def forward(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The statistics of the logits (eq-z_loss-forward), as the losses ``*_from_statistics`` take them.
+
+        One batch a step: gradients of several forward passes are not accumulated, and a warning says so.
 
         Args:
             hidden: shape ``(B, hidden_features)``, floating point; its gradient is exact.
@@ -441,11 +446,17 @@ class SphericalOutput(nn.Module):
         """
         h = self._checked(hidden)
         _targets(target, len(h), self.num_classes, "hidden")
+        if target.device.type != "cpu" and not bool(((target >= 0) & (target < self.num_classes)).all()):
+            raise ValueError(f"target must lie in [0, {self.num_classes})")  # a negative index would take another row
         with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
             rows = self.V[target].to(torch.float64) @ self.U + self.omega
-            total, column_sum = h @ self.column_sum, self.column_sum
+            total, column_sum = h @ self.column_sum, self.column_sum.clone()
             batch = _Batch(h, h @ self.gram, rows, target, total, column_sum)
         if self.training and torch.is_grad_enabled():
+            if self._batch is not None and self._batch.partials is not None:
+                warnings.warn(
+                    "the gradient of the last batch is discarded: call step before the next forward", stacklevel=4
+                )
             self._batch = batch
             if not hidden.requires_grad:  # W learns from features that do not
                 hidden = hidden.detach().requires_grad_()
@@ -460,9 +471,12 @@ class SphericalOutput(nn.Module):
             weight_decay: :math:`\lambda\ge0`, with :math:`\eta\lambda<1`. ``torch.optim.SGD`` decays W before the step, not after it; that differs by
                 :math:`\eta^2\lambda` times the gradient.
 
+        The gradient is what ``backward`` gave: factors of a gradient scaler must be taken out of ``lr``, and neither clipping nor the
+        averages of ``DistributedDataParallel`` reach W.
+
         Raises:
             RuntimeError: no forward and backward pass in training mode since the last step.
-            ValueError: a number out of range, or a gradient that is not finite; W is then as before.
+            ValueError: a number out of range, or a step that is not finite; W is then as before, and the batch is dropped.
         """
         lr, decay = _checks.positive_number("lr", lr), _checks.number("weight_decay", weight_decay, low=0)
         if lr * decay >= 1:
@@ -470,8 +484,6 @@ class SphericalOutput(nn.Module):
         batch = self._batch
         if batch is None or batch.partials is None:
             raise RuntimeError("step needs a forward and a backward pass in training mode since the last step")
-        for name, partial in zip(("total", "total_sq", "target_logit"), batch.partials, strict=True):
-            _checks.finite(f"the loss's derivative in {name}", partial)
         self._batch = None
         with torch.autocast(self.V.device.type, enabled=False):
             self._update(batch, lr, 1 - lr * decay)
@@ -486,7 +498,7 @@ class SphericalOutput(nn.Module):
         # The summaries, with the old Q, rows and sums (eq-z_loss-gram).
         gradient, products = batch.gradient(batch.partials), self._output_products(batch)
         cross = gradient.T @ h
-        gram = self.gram - lr * (cross + cross.T) + lr**2 * (h.T @ products @ h)
+        gram = self.gram - lr * (cross + cross.T) + lr * (lr * (h.T @ products @ h))
         column_sum = times_a(self.column_sum[None])[0] - lr * (self.num_classes * by_total + by_target) @ h
         # The factors (eq-z_loss-factors-update): X = H U_new^-1 comes from one solve, and gives the inverse, too.
         u, omega = times_a(self.U), times_a(self.omega[None])[0] - lr * by_total @ h
@@ -498,18 +510,26 @@ class SphericalOutput(nn.Module):
         old = self.V[classes].to(torch.float64)
         wanted = torch.zeros_like(old).index_add_(0, place, -lr * by_target[:, None] * h)
         new = (old + torch.zeros_like(old).index_add_(0, place, -lr * by_target[:, None] * x)).to(self.V.dtype)
-        arrived = (new.to(torch.float64) - old) @ u
-        write_error = ((arrived - wanted).norm() / batch.target_rows.norm()).item()  # eq-z_loss-write
+        arrived, rows = (new.to(torch.float64) - old) @ u, torch.zeros_like(old)
+        rows[place] = batch.target_rows
+        write_error = (arrived - wanted).norm() / rows.norm()  # eq-z_loss-write
+        finite = [torch.isfinite(x).all() for x in (u, omega, gram, column_sum, wanted)]
+        write_error, finite = torch.stack(
+            [write_error, torch.stack(finite).all().to(write_error)]
+        ).tolist()  # one transfer
+        if not finite:
+            raise ValueError("the step must be finite, got NaN or infinity: look at the loss's gradient and at lr")
         self._steps += 1
-        self.U, self.omega, self.gram, self.column_sum = u, omega, gram, column_sum
+        self._copy(U=u, omega=omega, gram=gram, column_sum=column_sum)
         if write_error <= self._limit:
-            self.U_inv, self.write_error = u_inv, write_error
+            self._copy(U_inv=u_inv)
+            self.write_error = write_error
             self.V[classes] = new
         else:  # NaN from a singular system comes here, too: nothing below needs the inverse
             self._refactor(write_error, classes, wanted)
         if keep != 1:
-            self.U, self.U_inv, self.omega = keep * self.U, self.U_inv / keep, keep * self.omega
-            self.gram, self.column_sum = keep**2 * self.gram, keep * self.column_sum
+            self._copy(U=keep * self.U, U_inv=self.U_inv / keep, omega=keep * self.omega)
+            self._copy(gram=keep**2 * self.gram, column_sum=keep * self.column_sum)
 
     def _output_products(self, batch: _Batch) -> Tensor:
         """G' G of the output gradients, (m, m), without G (eq-z_loss-products)."""
@@ -540,12 +560,10 @@ class SphericalOutput(nn.Module):
             rows.copy_(rows.to(torch.float64) @ self.U + self.omega)
         if classes is not None:
             self.V[classes] = (self.V[classes].to(torch.float64) + change).to(self.V.dtype)
-        self.U, self.omega = (
-            torch.eye(len(self.U), dtype=torch.float64, device=self.V.device),
-            torch.zeros_like(self.omega),
-        )
-        self.U_inv, self.write_error = self.U.clone(), 0.0
-        maintained = self.gram
+        identity = torch.eye(len(self.U), dtype=torch.float64, device=self.V.device)
+        self._copy(U=identity, U_inv=identity, omega=torch.zeros_like(self.omega))
+        self.write_error = 0.0
+        maintained = self.gram.clone()
         self._sum_over_classes()
         gram_error = ((maintained - self.gram).norm() / self.gram.norm()).item()
         self.refactorizations.append(Refactorization(self._steps, write_error, gram_error))
@@ -561,7 +579,7 @@ class SphericalOutput(nn.Module):
             rows = rows.to(torch.float64)
             gram.addmm_(rows.T, rows)
             column_sum += rows.sum(0)
-        self.gram, self.column_sum = gram, column_sum
+        self._copy(gram=gram, column_sum=column_sum)
 
     # -- what costs O(D), for evaluation --------------------------------------------------------------------------------
 
@@ -613,6 +631,24 @@ class SphericalOutput(nn.Module):
             raise ValueError(f"hidden must have shape (B, {self.hidden_features}), got {tuple(hidden.shape)}")
         h = hidden.detach().to(torch.float64)
         return F.pad(h, (0, 1), value=1.0) if self.bias else h
+
+    def _copy(self, **values: Tensor) -> None:
+        """Write into buffers; what else holds them sees the change."""
+        for name, value in values.items():
+            getattr(self, name).copy_(value)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self._limit, self._steps], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        limit, steps = state.tolist()
+        self._limit, self._steps = min(limit, self.tolerance), int(steps)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._batch = None
+        if f"{prefix}V" in state_dict and state_dict[f"{prefix}V"].dtype != self.V.dtype:
+            self.refactor()  # V has been rounded; Q and the column sums have not
 
     def _apply(self, fn, recurse=True):
         """Move and cast as every module does, but keep all except V in float64; a narrower V is summed anew."""
