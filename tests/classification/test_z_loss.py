@@ -281,6 +281,8 @@ def test_three_hundred_steps_equal_dense_sgd(name, decay):
     torch.testing.assert_close(layer.gram, weight.T @ weight, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(layer.column_sum, weight.sum(0), rtol=1e-9, atol=1e-10)
     assert layer.gram_error() < 1e-10
+    if name != "squared error":  # else a wrong inverse would be repaired by refactoring, and not be seen
+        assert not layer.refactorizations
 
 
 @few
@@ -481,6 +483,9 @@ def test_a_bad_gram_matrix_tightens_the_limit():
     found = layer.refactorizations[-1]
     assert found.steps == 6 and found.gram_error > 1e-9 and layer._limit == pytest.approx(1e-13, abs=0)
     assert layer.gram_error() < 1e-13
+    layer.U_inv[0, 0] *= 1 + 1e-6  # and once more, with a good Gram matrix: the limit rises again
+    long_run(layer, 1)
+    assert len(layer.refactorizations) == 2 and layer._limit == pytest.approx(1e-12, abs=0)
 
 
 def test_a_singular_step_is_done_by_refactoring():
@@ -594,6 +599,44 @@ def test_loading_a_wider_layer_and_dropping_the_batch():
         narrow.step(1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_chunk_of_the_classes(monkeypatch, dtype):
+    whole = new_layer(dtype)
+    monkeypatch.setattr(Z, "_CHUNK", 7)
+    layer = new_layer(dtype)
+    weight = layer.V.double() + layer.omega
+    torch.testing.assert_close(layer.gram, weight.T @ weight, rtol=1e-9, atol=1e-9)
+    for one in (whole, layer):
+        long_run(one, 10)
+        one.refactor()
+    atol = 1e-10 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(layer.weight, whole.weight, rtol=0, atol=atol)
+    torch.testing.assert_close(layer.V, whole.V, rtol=0, atol=atol)
+    torch.testing.assert_close(layer.column_sum, layer.V.double().sum(0))
+    assert layer.gram_error() < 1e-13
+    layer.gram += 1e-3 * torch.eye(32, dtype=torch.float64)
+    dense = layer.V.double()
+    wanted = (layer.gram - dense.T @ dense).norm() / (dense.T @ dense).norm()
+    assert layer.gram_error() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_a_waiting_batch():
+    """It survives a look at other data without gradients, and not a cast."""
+    one, other = (new_layer(torch.float64) for _ in range(2))
+    hidden, target = draw(torch.Generator().manual_seed(14), width=31, classes=500)
+    for layer in (one, other):
+        z_mild(layer(hidden, target), 500).mean().backward()
+    with torch.no_grad():
+        one(hidden.detach() + 1, target)
+    one.step(1.0)
+    other.step(1.0)
+    torch.testing.assert_close(one.weight, other.weight, rtol=0, atol=0)
+    z_mild(one(hidden, target), 500).mean().backward()
+    one.float()
+    with pytest.raises(RuntimeError, match="backward"):
+        one.step(1.0)
+
+
 def test_buffers_are_written_in_place():
     layer = new_layer(torch.float64)
     before = {name: buffer.data_ptr() for name, buffer in layer.named_buffers()}
@@ -701,7 +744,10 @@ def test_half_precision_network_and_autocast():
     hidden, target = draw(torch.Generator().manual_seed(10), width=31, classes=500)
     half = hidden.detach().to(torch.bfloat16).requires_grad_()
     wide = half.detach().double().requires_grad_()
+    outside = layer.logits(hidden.float().detach()), layer.topk(hidden.float().detach(), 3)
     with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer.logits(hidden.float().detach()), outside[0], rtol=0, atol=0)
+        torch.testing.assert_close(layer.topk(hidden.float().detach(), 3), outside[1], rtol=0, atol=0)
         loss = z_mild(layer(half, target), 500).mean()
         loss.backward()
         layer.step(1.0)
@@ -788,6 +834,7 @@ def stepped(**options):
         (lambda: Z.z_loss(O, C, a=-1.0), "a must"),
         (lambda: Z.z_loss(O, C, b=math.nan), "b must"),
         (lambda: Z.z_loss(O, C, eps=-1.0), "eps"),
+        (lambda: Z.z_loss(O, C, eps=1e200), "eps"),
         (lambda: Z.z_loss(O, C, reduction="avg"), "reduction"),
         (lambda: Z.spherical_statistics(O, C + 2), "target"),
         (lambda: Z.z_loss_from_statistics(V, V[:2], V, 4), "total_sq"),
@@ -830,6 +877,7 @@ def test_bad_values_name_the_argument(call, name):
         (lambda: Z.z_loss_from_statistics(V, V.double(), V, 4), "total_sq"),
         (lambda: Z.z_loss_from_statistics(V, V, V, 4.0), "num_classes"),
         (lambda: Z.in_top_k_guarantee(C, 4), "z must"),
+        (lambda: Z.topk_error(O, C, 3), "ks"),
         (lambda: Z.SphericalOutput(2.0, 5), "hidden_features"),
         (lambda: Z.SphericalOutput(2, 5, dtype=torch.float16), "dtype"),
         (lambda: Z.SphericalOutput(2, 5, tolerance="tight"), "tolerance"),

@@ -171,7 +171,7 @@ def z_loss_from_statistics(
         tensor([0.2176])
     """
     num_classes = _vectors(total, total_sq, target_logit, num_classes)
-    a, b, eps = _checks.positive_number("a", a), _checks.number("b", b), _checks.number("eps", eps, low=0)
+    a, b, eps = _checks.positive_number("a", a), _checks.number("b", b), _checks.number("eps", eps, 0, 1e18)
     mean = total / num_classes
     variance = total_sq / num_classes - mean.square()
     # What is left of q/D - mu^2 when all logits are equal is rounding: a few units in the last place of q/D.
@@ -307,6 +307,8 @@ def topk_error(logits: Tensor, target: Tensor, ks: Sequence[int]) -> Tensor:
         tensor([0.5000, 0.5000, 0.0000], dtype=torch.float64)
     """
     logits = _classified(logits, target)
+    if not isinstance(ks, Sequence):
+        raise TypeError(f"ks must be a sequence of integers, got {type(ks).__name__}")
     ks = torch.tensor([_checks.positive_int("ks", k) for k in ks], device=logits.device)
     below = (logits < logits.gather(1, target[:, None])).sum(1, dtype=torch.int32)
     rank = logits.shape[1] - below  # 1 for the first; what is not below counts, so do ties and NaN
@@ -370,7 +372,7 @@ class SphericalOutput(nn.Module):
 
     Keeps :math:`W=VU+\mathbf 1\omega^\top` (eq-z_loss-factors) with :math:`U^{-1}`, the Gram matrix :math:`Q=W^\top W` and the column sums
     :math:`\bar w=W^\top\mathbf 1`. ``layer(hidden, target)`` gives the three statistics from which a loss is computed;
-    ``loss.backward()`` sends the exact gradient to ``hidden``; ``layer.step(lr)`` is the exact SGD step on W. All state is in
+    ``loss.backward()`` sends the exact gradient to ``hidden`` (``torch.func`` does not pass through the layer); ``layer.step(lr)`` is the exact SGD step on W. All state is in
     buffers: no optimizer may touch it. V has the layer's ``dtype``; what is :math:`d\times d` or smaller is float64, and so are the statistics.
 
     Each step measures how exactly its change arrives in W (eq-z_loss-write). Where the error is above ``tolerance`` the step is done
