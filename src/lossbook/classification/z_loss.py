@@ -360,11 +360,19 @@ class _Statistics(torch.autograd.Function):
 
 
 class Refactorization(NamedTuple):
-    """What one refactorization of :class:`SphericalOutput` found."""
+    """What one refactorization of :class:`SphericalOutput` found.
 
-    steps: int  # since the one before
-    write_error: float  # of the step that called for it; 0 if it was called for by hand
-    gram_error: float  # of the maintained Gram matrix, relative to the one computed anew
+    Args:
+        steps: steps since the refactorization before.
+        write_error: relative write error of the step that called for it (eq-z_loss-write); 0 if it was called for by hand.
+        gram_error: relative error of the maintained Gram matrix, against the one computed anew.
+
+    Source: the chapter; the authors' code refactors after a fixed number of steps.
+    """
+
+    steps: int
+    write_error: float
+    gram_error: float
 
 
 class SphericalOutput(nn.Module):
