@@ -185,7 +185,7 @@ def optimal_conditional_risk(probabilities: Tensor, *, tau: float) -> Tensor:
     elif abs(tau - 1) < _NEAR_ONE:
         risk = -torch.xlogy(log_p.exp(), log_p.exp()).sum(1)
     else:
-        risk = _of_log((2 - tau) / (1 - tau) * torch.logsumexp(log_p / (2 - tau), dim=1), tau)
+        risk = torch.expm1((2 - tau) * torch.logsumexp(log_p / (2 - tau), dim=1)) / (1 - tau)
     return risk.to(probabilities.dtype)
 
 
