@@ -431,6 +431,61 @@ def test_two_likely_classes_do_not_pay_for_the_others(tau):
     torch.testing.assert_close(regret, 3 ** (tau - 1) * floor, rtol=1e-6, atol=1e-9)
 
 
+@settings(deadline=None, max_examples=100)
+@given(seeds, st.floats(2, 5))
+def test_sharp_form_holds_at_each_input(seed, tau):
+    """From tau = 2 on: the regret is at least the sharp line, which is never below the exact one."""
+    p, generator = random_distributions(seed)
+    n = p.shape[1]
+    # likely classes that nearly tie, and scores that tie on a set of classes: where the bound is tested hardest
+    keep = torch.rand(p.shape, generator=generator) < 0.5
+    keep[:, 0] = True
+    sparse = (p * keep) / (p * keep).sum(1, keepdim=True)
+    p = torch.where(torch.rand(len(p), 1, generator=generator) < 0.5, p, sparse)
+    logits = torch.where(keep, 0.0, -60.0).double() + 1e-3 * torch.rand(
+        p.shape, generator=generator, dtype=torch.float64
+    )
+    beta = zero_one_regret(p, logits.argmax(1))
+    regret = C.conditional_risk(logits, p, tau=tau) - C.optimal_conditional_risk(p, tau=tau)
+    sharp = C.consistency_transform(beta, tau=tau, num_classes=n, form="sharp")
+    assert (regret >= sharp - 1e-9).all()
+    assert (sharp >= C.consistency_transform(beta, tau=tau, num_classes=n) - 1e-15).all()
+    torch.testing.assert_close(C.consistency_bound(sharp, tau=tau, num_classes=n, form="sharp"), beta)
+
+
+@pytest.mark.parametrize(
+    ("tau", "n", "slope"), [(3, 2, 0.75), (3, 30, 0.75), (2.5, 100, 0.6151), (2, 7, 1 / 7), (4, 9, 0.875)]
+)
+def test_sharp_form_is_attained(tau, n, slope):
+    """The prediction ties with the m - 1 classes that share all of the probability."""
+    line = C.consistency_transform(torch.ones(1).double(), tau=tau, num_classes=n, form="sharp").item() * (tau - 1)
+    assert line == pytest.approx(slope, abs=6e-5)
+    ratios = []
+    for m in range(2, n + 1):
+        p = torch.zeros(1, n, dtype=torch.float64)
+        p[0, 1:m] = 1 / (m - 1)
+        logits = torch.full((1, n), -400.0, dtype=torch.float64)
+        logits[0, :m] = 0  # the tie is broken to class 0, which has no probability
+        regret = C.conditional_risk(logits, p, tau=tau) - C.optimal_conditional_risk(p, tau=tau)
+        ratios.append(regret.item() * (tau - 1) * (m - 1))
+    assert min(ratios) == pytest.approx(line, rel=1e-9)
+
+
+@pytest.mark.parametrize("tau", [0, 0.5, 1, 1.5, 1.99, 2, 3])
+def test_gradients_of_transform_and_bound(tau):
+    beta = torch.tensor([1e-3, 0.05, 0.5, 0.95], dtype=torch.float64, requires_grad=True)
+    for form in C.FORMS:
+        assert torch.autograd.gradcheck(
+            lambda b, form=form: C.consistency_transform(b, tau=tau, num_classes=5, form=form),
+            beta,
+            eps=1e-7,
+            atol=1e-6,
+        )
+    exact = C.consistency_bound(beta / 50, tau=tau, num_classes=5)
+    assert exact.requires_grad == (tau >= 2)  # no wrong gradient through the bisection
+    assert C.consistency_bound(beta / 50, tau=tau, num_classes=5, form="simple").requires_grad
+
+
 def test_bounded_scores_are_not_enough():
     """Pitfall of the chapter: with scores in [-1, 1] and three classes, the optimum of cross-entropy ties two unequal classes."""
     p = torch.tensor([[0.51, 0.49, 0.0]], dtype=torch.float64)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lossbook import _checks
 
-FORMS = ("exact", "simple", "asymptotic")
+FORMS = ("exact", "simple", "asymptotic", "sharp")
 _NEAR_ONE = 1e-8  # within it the formulas for tau != 1 lose more digits than the formula for tau = 1 is off
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,6 +239,14 @@ def _curvature(tau: float, num_classes: int, form: str) -> float:
     return num_classes ** (1 - tau) / 2 / (1 if form == "simple" else 2 - tau)
 
 
+def _slope(tau: float, num_classes: int, form: str) -> float:
+    r"""The transform over beta for tau >= 2: as the paper has it, or the best constant that there is (eq-comp_sum-sharp)."""
+    if form != "sharp":
+        return num_classes ** (1 - tau) / (tau - 1)
+    m = torch.arange(1, num_classes + 1, dtype=torch.float64)  # classes that tie for the prediction
+    return (1 - ((m - 1) * m ** (1 - tau)).max().item()) / (tau - 1)
+
+
 def consistency_transform(beta: Tensor, *, tau: float, num_classes: int, form: str = "exact") -> Tensor:
     r"""The H-consistency transform :math:`\mathcal T_\tau(\beta)`: the surrogate regret that a zero-one regret of beta costs at least (eq-comp_sum-transform).
 
@@ -252,7 +260,8 @@ def consistency_transform(beta: Tensor, *, tau: float, num_classes: int, form: s
         tau: :math:`\tau\ge0`; within 1e-8 of 1 it counts as 1.
         num_classes: n, at least 2.
         form: "exact"; "simple", the quadratic that :math:`\mathcal T_\tau` is never below (eq-comp_sum-simple); or "asymptotic", the quadratic that it
-            approaches as :math:`\beta\to0` (eq-comp_sum-asymptotic). Up to 1 the last two are one, from 2 on all three are.
+            approaches as :math:`\beta\to0` (eq-comp_sum-asymptotic). Up to 1 these two are one; from 2 on both are the exact form. "sharp", from 2 on the
+            best line that there is (eq-comp_sum-sharp), which beyond 2 hardly depends on n; below 2 the exact form.
 
     Returns:
         The shape and dtype of ``beta``; convex and increasing in beta.
@@ -272,16 +281,21 @@ def consistency_transform(beta: Tensor, *, tau: float, num_classes: int, form: s
     tau, n = _family(tau, num_classes, form)
     b = beta.double()
     if tau >= 2:
-        value = n ** (1 - tau) / (tau - 1) * b
-    elif form != "exact":
+        value = _slope(tau, n, form) * b
+    elif form in ("simple", "asymptotic"):
         value = _curvature(tau, n, form) * b * b
     elif abs(tau - 1) < _NEAR_ONE:
         value = (torch.special.xlog1py(1 + b, b) + torch.special.xlog1py(1 - b, -b)) / 2
     else:
-        a, angle = 1 / (2 - tau), torch.atanh(b)
-        small = torch.log1p(-b * b) / 2 + torch.log1p(2 * torch.sinh(a * angle / 2) ** 2) / a
-        large = torch.log1p(b) + (torch.log1p(torch.exp(-2 * a * angle)) - math.log(2)) / a
-        log_n = torch.where(a * angle < 1, small, large)
+        a = 1 / (2 - tau)
+        near = a * torch.atanh(b) < 1
+        few, many = (
+            torch.where(near, b, 0),
+            torch.where(near, 0.5, b),
+        )  # each where its formula is good, and its gradient
+        small = torch.log1p(-few * few) / 2 + torch.log1p(2 * torch.sinh(a * torch.atanh(few) / 2) ** 2) / a
+        large = torch.log1p(many) + (torch.log1p(((1 - many) / (1 + many)) ** a) - math.log(2)) / a
+        log_n = torch.where(near, small, large)
         scale = 2 ** (1 - tau) if tau < 1 else n ** (1 - tau)
         value = scale * torch.expm1(log_n) / (tau - 1)
     return value.to(beta.dtype)
@@ -297,9 +311,10 @@ def consistency_bound(excess: Tensor, *, tau: float, num_classes: int, form: str
         excess: t, at least 0, any shape, floating point.
         tau: :math:`\tau\ge0`.
         num_classes: n, at least 2.
-        form: "exact", by bisection, 1 from :math:`\mathcal T_\tau(1)` on; "simple", :math:`\sqrt{2^\tau(2-\tau)t}`, :math:`\sqrt{2n^{\tau-1}t}` or
+        form: "exact", 1 from :math:`\mathcal T_\tau(1)` on, below tau = 2 by bisection, through which no gradient flows; "simple", :math:`\sqrt{2^\tau(2-\tau)t}`, :math:`\sqrt{2n^{\tau-1}t}` or
             :math:`(\tau-1)n^{\tau-1}t`, a guarantee, too, and not clipped to 1; or "asymptotic", what both the exact bound and its own formula tend to as
-            :math:`t\to0`, which between 1 and 2 is *not* a guarantee.
+            :math:`t\to0`, which between 1 and 2 is *not* a guarantee; or "sharp", as in
+            :func:`consistency_transform`.
 
     Returns:
         The shape and dtype of ``excess``.
@@ -321,16 +336,17 @@ def consistency_bound(excess: Tensor, *, tau: float, num_classes: int, form: str
     tau, n = _family(tau, num_classes, form)
     t = excess.double()
     if tau >= 2:
-        value = (tau - 1) * n ** (tau - 1) * t
-        return (value.clamp(max=1) if form == "exact" else value).to(excess.dtype)
-    if form != "exact":
+        value = t / _slope(tau, n, form)
+        return (value.clamp(max=1) if form in ("exact", "sharp") else value).to(excess.dtype)
+    if form in ("simple", "asymptotic"):
         return torch.sqrt(t / _curvature(tau, n, form)).to(excess.dtype)
-    high = torch.sqrt(t / _curvature(tau, n, "simple")).clamp(max=1)  # the simple bound is a guarantee
-    low = torch.zeros_like(high)
-    for _ in range(64):
-        middle = (low + high) / 2
-        above = consistency_transform(middle, tau=tau, num_classes=n) > t
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    with torch.no_grad():
+        high = torch.sqrt(t / _curvature(tau, n, "simple")).clamp(max=1)  # the simple bound is a guarantee
+        low = torch.zeros_like(high)
+        for _ in range(64):
+            middle = (low + high) / 2
+            above = consistency_transform(middle, tau=tau, num_classes=n) > t
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return high.to(excess.dtype)
 
 
