@@ -35,7 +35,7 @@ def _family(tau, repeats):
 
 
 def _classes(classes, repeats):
-    logits, target = _inputs(1024, classes)
+    logits, target = _inputs(ROWS, classes)
     return timed(lambda: _step(comp_sum_loss, logits, target, tau=1.7), repeats=repeats)[0]
 
 
@@ -49,6 +49,6 @@ def run() -> tuple[list[Row], list[Slope]]:
         name = f"comp_sum_loss, tau = {tau:g}"
         rows.append(Row(part, slug, name, "F.cross_entropy", size, ours, peer, ours / peer, note=note))
     numbers = (1000, 2000, 4000, 8000)
-    times = [in_fresh_process(_classes, number, 15) for number in numbers]
+    times = [in_fresh_process(_classes, number, 9) for number in numbers]
     slope = Slope("comp_sum_loss", "time over classes", "1000 to 8000", exponent(numbers, times), "at most 1.2: O(Bn)")
     return rows, [slope]
