@@ -157,6 +157,24 @@ def test_large_temperatures_keep_their_digits_in_float32():
     torch.testing.assert_close(x.grad.double(), 1e-3 - F.one_hot(target, 1000).double(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("lead", [0.0, 1e2, 1e4, 1e5])
+@pytest.mark.parametrize("lam", [99.0, 101.0, 1e4])
+def test_many_classes_in_float32(lead, lam):
+    """Peaked or flat, K = 50000: the error is of the order of the largest difference of scores times a rounding."""
+    logits = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[:, 0] += lead
+    logits = logits.float()
+    for target in (torch.tensor([0, 0]), torch.tensor([1, 2])):
+        exact = L.ldr_kl_loss(logits.double(), target, lam=lam, reduction="none")
+        for temperature in (lam, torch.tensor(lam)):
+            loss = L.ldr_kl_loss(logits, target, lam=temperature, reduction="none")
+            assert (loss - exact).abs().max() < 2e-6 * max(lead, 50)
+            x = logits.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(L.ldr_kl_loss(x, target, lam=temperature, reduction="sum"), x)
+            expected = L.ldr_kl_weights(logits.double(), target, lam=lam) - F.one_hot(target, 50_000)
+            torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_temperature_by_row_and_scalar_tensor():
     logits, target, _ = draw(3, rows=7, classes=5)
     values = [0.0, 0.05, 1.0, 99.0, 101.0, 1e6, math.inf]
@@ -643,6 +661,24 @@ def test_memory_converges_to_the_fixed_point(margin_in_update):
         torch.testing.assert_close(value, L.aldr_kl_loss(logits, target, margin=0.5, reduction="none"))
     else:
         assert (value - L.aldr_kl_loss(logits, target, margin=0.5, reduction="none")).abs().max() > 1e-4
+
+
+def test_memory_below_the_critical_strength_depends_on_the_past():
+    """K = 10, alpha = 1.2 < 1.53: a lead of 1.8, then 2.5, then 1.8 again; the temperature stays at the lower point."""
+    assert L.aldr_critical_alpha(10) > 1.2
+    for alpha, returns in ((1.2, False), (1.6, True)):
+        loss = L.ALDRKLLoss(1, alpha=alpha, margin=0.0, normalization=None, smoothing=0.0).double()
+        kept = []
+        for lead in (1.8, 2.5, 1.8):
+            logits = torch.zeros(1, 10, dtype=torch.float64)
+            logits[0, 0] = lead
+            for _ in range(400):
+                loss(logits, torch.tensor([0]), torch.tensor([0]))
+            kept.append(loss.temperature.item())
+        assert kept[0] == pytest.approx(L.aldr_temperature(logits, alpha=alpha).item(), abs=1e-6)
+        assert (abs(kept[2] - kept[0]) < 1e-6) == returns
+        if not returns:
+            assert kept[0] == pytest.approx(0.8103, abs=6e-5) and kept[2] == pytest.approx(0.1675, abs=6e-5)
 
 
 def test_memory_is_state():

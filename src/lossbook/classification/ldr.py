@@ -145,8 +145,11 @@ def _interior(scores: Tensor, target: Tensor, lam: float | Tensor, large: bool) 
         cross_entropy = F.cross_entropy(scores / _column(lam), target, reduction="none")
         return lam * (cross_entropy - math.log(scores.shape[1]))
     largest = scores.amax(1, keepdim=True)
-    excess = lam * torch.log1p(torch.expm1((scores - largest) / _column(lam)).mean(1))
-    return excess + (largest - scores.gather(1, target[:, None])).squeeze(1)
+    below = (scores - largest) / _column(lam)
+    mean = torch.expm1(below).mean(1)  # near 0 if nearly all classes count, near 1/K - 1 if one does
+    log_mean = torch.logsumexp(below, 1) - math.log(scores.shape[1])
+    log_mean = torch.where(mean > -0.5, torch.log1p(mean.clamp(min=-0.5)), log_mean)
+    return lam * log_mean + (largest - scores.gather(1, target[:, None])).squeeze(1)
 
 
 def ldr_kl_loss(
@@ -491,7 +494,8 @@ class ALDRKLLoss(nn.Module):
 
     In training mode a call takes one :func:`aldr_temperature_step` from the stored temperatures of its samples, stores the result, and returns
     :func:`aldr_kl_loss` at it. In evaluation mode it uses what is stored. The defaults of ``margin_in_update`` and ``smoothing`` are the authors'
-    code; ``margin_in_update=True, smoothing=0`` iterates towards :func:`aldr_temperature` itself.
+    code; with ``margin_in_update=True, smoothing=0`` each step applies :math:`T`. At fixed scores the temperature then ends at :func:`aldr_temperature` if
+    ``alpha`` exceeds :func:`aldr_critical_alpha`; below that it depends on where it was before, and may stay at a lower fixed point.
 
     Args:
         num_samples: size of the training set.
