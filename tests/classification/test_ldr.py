@@ -168,7 +168,7 @@ def test_many_classes_in_float32(lead, lam):
         exact = L.ldr_kl_loss(logits.double(), target, lam=lam, reduction="none")
         for temperature in (lam, torch.tensor(lam)):
             loss = L.ldr_kl_loss(logits, target, lam=temperature, reduction="none")
-            assert (loss - exact).abs().max() < 2e-6 * max(lead, 50)
+            assert (loss - exact).abs().max() < 2e-6 * max(lead, 100)
             x = logits.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(L.ldr_kl_loss(x, target, lam=temperature, reduction="sum"), x)
             expected = L.ldr_kl_weights(logits.double(), target, lam=lam) - F.one_hot(target, 50_000)
