@@ -151,6 +151,21 @@ def test_permuting_the_batch_permutes_the_result(seed, ties):
     torch.testing.assert_close(E.calibrated_derivatives(margins[order], draws[again]), got[order], rtol=1e-14, atol=0)
 
 
+def test_long_vectors_take_another_sort():
+    margins, draws = batch(5, rows=2**14 + 3)
+    margins[::7] = margins[3]
+    got = E.calibrated_derivatives(margins, draws)
+    both = torch.func.vmap(E.calibrated_derivatives)(margins[None], draws[None])[0]
+    torch.testing.assert_close(both, got, rtol=1e-12, atol=0)
+    margins, draws = margins.numpy(), draws.numpy()
+    slopes = np.sort(-np.minimum(1, np.exp(draws)))
+    order = np.argsort(margins)
+    first, last = (np.searchsorted(margins[order], margins, side) for side in ("left", "right"))
+    below = np.concatenate([[0], np.cumsum(slopes)])
+    expected = (below[last] - below[first]) / (last - first) / np.maximum(1, margins) - 1e-6
+    torch.testing.assert_close(got, torch.from_numpy(expected), rtol=1e-9, atol=1e-10)
+
+
 def test_infinite_draws_are_clipped():
     margins = torch.tensor([-1.0, 0.5, 2.0])
     got = E.calibrated_derivatives(margins, torch.tensor([5.0, 3.0, -2.0]), box_cox=-1.0, shift=0)
