@@ -72,5 +72,7 @@ def run() -> tuple[list[Row], list[Slope]]:
     rows.append(Row(part, slug, name, peer, size, logistic, binary, logistic / binary))
     sizes.append(4096 * 1000)
     times.append(ours)
-    slope = Slope("ens_loss", "time over logits", "262 thousand to 4.1 million", exponent(sizes, times), "N log N: near 1")
+    slope = Slope(
+        "ens_loss", "time over logits", "262 thousand to 4.1 million", exponent(sizes, times), "N log N: near 1"
+    )
     return rows, [slope]
