@@ -181,6 +181,78 @@ def test_without_tail_the_large_margins_keep_their_slope():
     assert E.calibrated_derivatives(margins, draws, floor=-0.25, tail=False, shift=0).tolist() == [-0.25] * 3
 
 
+# --- a loss that is drawn first ---------------------------------------------------------------------------------------
+
+
+def slow_drawn(z, draws, knots, lam, floor, shift):
+    first, last, number = knots
+    slopes = sorted(max(floor, -slow_box_cox(x, lam)) - shift for x in draws)
+    at = [first + (last - first) * m / (number - 1) for m in range(number)]
+    if z <= first:
+        slope = slopes[0]
+    elif z >= last:
+        slope = slopes[-1]
+    else:
+        m = max(m for m in range(number - 1) if at[m] <= z)
+        slope = slopes[m] + (slopes[m + 1] - slopes[m]) * (z - at[m]) / (at[m + 1] - at[m])
+    return slope / max(1, z) / max(1, z / last)
+
+
+@few
+@given(seeds, lambdas, st.sampled_from([(-1.0, 3.0, 16), (0.5, 1.0, 2), (-3, 8, 5)]), st.sampled_from([-1.0, -0.3]))
+def test_drawn_slopes_are_one_function_of_the_margin(seed, lam, knots, floor):
+    margins, _ = batch(seed)
+    draws = torch.randn(knots[2], generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+    options = dict(knots=knots, box_cox=lam, floor=floor, shift=1e-3)
+    got = E.drawn_slopes(margins, draws, **options)
+    slow_lam = 0.0 if abs(lam) < 1e-6 else lam
+    expected = [slow_drawn(z, draws.tolist(), knots, slow_lam, floor, 1e-3) for z in margins.tolist()]
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=DOUBLE), rtol=1e-6, atol=1e-12)
+    # The slope at a margin does not depend on the others, nor on the order of the draws.
+    torch.testing.assert_close(E.drawn_slopes(margins[:1], draws.flip(0), **options), got[:1])
+    # Negative, not decreasing, continuous, and with a finite integral: bounded below.
+    grid = torch.linspace(-6, 12, 18_001, dtype=DOUBLE)
+    slopes = E.drawn_slopes(grid, draws, **options)
+    steepest = (1 + 1e-3) * (knots[2] - 1) / (knots[1] - knots[0]) + 2.1
+    assert (slopes < 0).all() and (slopes.diff() >= -1e-12).all() and slopes.diff().max() < 1e-3 * steepest
+    far = torch.tensor([1e2, 1e4, 1e6], dtype=DOUBLE)
+    beyond = E.drawn_slopes(far, draws, **options) * far**2
+    torch.testing.assert_close(beyond, beyond[:1].expand(3))
+    assert E.is_calibrated_vector(margins, got, smooth=True, atol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_the_surrogate_of_a_loss_drawn_first(classes):
+    torch.manual_seed(0)
+    knots, shape = (-1.0, 3.0, 8), (6,) if classes is None else (6, classes)
+    logits, draws = (3 * torch.randn(shape, dtype=DOUBLE)).requires_grad_(), torch.randn(8, dtype=DOUBLE)
+    target = torch.randint(2 if classes is None else classes, (6,))
+    margins = E.signed_margins(logits, target)
+    loss = E.ens_loss(logits, target, knots=knots, draws=draws)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    signs = torch.where(margins == logits, 1.0, -1.0)
+    torch.testing.assert_close(gradient, signs * E.drawn_slopes(margins, draws, knots=knots) / 6)
+    run = lambda: E.ens_loss(logits, target, knots=knots, generator=torch.Generator().manual_seed(3))
+    criterion = E.EnsLoss(knots=knots, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(run(), criterion(logits, target))
+    first = torch.randn(8, generator=torch.Generator().manual_seed(3), dtype=DOUBLE)
+    torch.testing.assert_close(run(), E.ens_loss(logits, target, knots=knots, draws=first))
+
+
+@settings(deadline=None, max_examples=10)
+@given(seeds, st.integers(3, 6))
+def test_the_mean_of_losses_drawn_first_orders_the_classes(seed, classes):
+    generator = torch.Generator().manual_seed(seed)
+    many = [torch.randn(16, generator=generator, dtype=DOUBLE) for _ in range(20)]
+    axis = torch.linspace(-400, 400, 80_001, dtype=DOUBLE)
+    mean = torch.stack([E.drawn_slopes(axis, draws) for draws in many]).mean(0).numpy()
+    p = np.random.default_rng(seed).dirichlet(np.ones(classes)).clip(1e-3)
+    p = p / p.sum()
+    scores = np.array([minimizer(lambda t: np.interp(t, axis, mean), eta) for eta in p])
+    order = np.argsort(p)
+    assert (np.diff(scores[order])[np.diff(p[order]) > 1e-4] > 0).all()
+
+
 # --- the mean of a large batch ------------------------------------------------------------------------------------
 
 
@@ -619,8 +691,24 @@ def test_transforms_and_compile():
         torch.testing.assert_close(together[i], x.grad)
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(logits[0], target[0], draws[0]), loss(logits[0], target[0], draws[0]))
+    first = lambda x, y, d: E.ens_loss(x, y, draws=d, knots=(-1.0, 3.0, 20))
+    torch.testing.assert_close(
+        torch.func.vmap(first)(logits, target, draws),
+        torch.stack([first(*each) for each in zip(logits, target, draws, strict=True)]),
+    )
+    compiled_first = torch.compile(first, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled_first(logits[0], target[0], draws[0]), first(logits[0], target[0], draws[0]))
     classes = torch.randint(20, (3,))
     torch.testing.assert_close(compiled(logits, classes, draws), loss(logits, classes, draws))
+
+
+def test_wrong_labels_are_not_silent_where_values_are_not_checked(monkeypatch):
+    monkeypatch.setattr(E._checks, "known_false", lambda condition: False)  # as on an accelerator
+    assert E.ens_loss(Z, torch.tensor([0.0, 0.5, 1.0])).isnan()
+    assert E.ens_loss(Z, torch.tensor([-1, 1, 1])).isnan()
+    for wrong in (-100, 2):
+        with pytest.raises((RuntimeError, IndexError)):
+            E.ens_loss(torch.zeros(3, 2), torch.tensor([0, 1, wrong]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -651,6 +739,17 @@ Z, Y = torch.zeros(3), torch.tensor([0, 1, 1])
         (lambda: E.calibrated_derivatives(Z, Z, floor=None, box_cox=-0.5), "floor"),
         (lambda: E.calibrated_derivatives(Z, Z, box_cox=-2.0), "box_cox"),
         (lambda: E.calibrated_derivatives(Z, Z, shift=-1e-6), "shift"),
+        (lambda: E.drawn_slopes(Z, Z, knots=(0.0, 2.0, 4)), "draws"),
+        (lambda: E.drawn_slopes(Z, Z, knots=(0.0, 0.5, 3)), "knots"),
+        (lambda: E.drawn_slopes(Z, Z, knots=(2.0, 2.0, 3)), "knots"),
+        (lambda: E.drawn_slopes(Z, Z, knots=(0.0, 2.0, 1)), "knots"),
+        (lambda: E.drawn_slopes(Z, Z, knots=(0.0, float("inf"), 3)), "knots"),
+        (lambda: E.drawn_slopes(Z, Z, knots=(0.0, 2.0, 3), shift=0), "shift"),
+        (lambda: E.drawn_slopes(Z, Z, knots=(0.0, 2.0, 3), floor=None), "floor"),
+        (lambda: E.drawn_slopes(Z * torch.nan, Z, knots=(0.0, 2.0, 3)), "margins"),
+        (lambda: E.ens_loss(Z, Y, knots=(0.0, 2.0, 3), tail=False), "tail"),
+        (lambda: E.ens_loss(Z, Y, knots=(0.0, 2.0, 3), draws=torch.zeros(4)), "draws"),
+        (lambda: E.EnsLoss(knots=(0.0, 0.5, 3)), "knots"),
         (lambda: E.expected_derivative(torch.tensor([1.2])), "quantile"),
         (lambda: E.expected_derivative(Z, box_cox=2.0), "box_cox"),
         (lambda: E.expected_derivative(Z, floor=1.0), "floor"),
@@ -698,6 +797,9 @@ def test_bad_values_name_the_argument(call, name):
         (lambda: E.ens_loss(Z, Y.to(torch.int32)), "target"),
         (lambda: E.ens_loss(torch.zeros(3, 2), torch.tensor([0.0, 1.0, 1.0])), "target"),
         (lambda: E.ens_loss(Z, Y, draws=Z.double()), "draws"),
+        (lambda: E.drawn_slopes(Z, Z, knots=(0.0, 2.0)), "knots"),
+        (lambda: E.drawn_slopes(Z, Z, knots=3), "knots"),
+        (lambda: E.drawn_slopes(Z, Z.double(), knots=(0.0, 2.0, 3)), "draws"),
         (lambda: E.expected_derivative(0.5), "quantile"),
         (lambda: E.is_calibrated_vector(Z, Z.double()), "derivatives"),
         (lambda: E.EnsLoss(redraw_every=1.5), "redraw_every"),

@@ -157,6 +157,78 @@ def _tied_means(z: Tensor, slopes: Tensor) -> Tensor:
     return (total / count.clamp(min=1)).gather(0, run)
 
 
+def drawn_slopes(
+    margins: Tensor,
+    draws: Tensor,
+    *,
+    knots: tuple[float, float, int] = (-1.0, 3.0, 16),
+    box_cox: float = 0.0,
+    floor: float = -1.0,
+    shift: float = 1e-6,
+) -> Tensor:
+    r"""Slopes of a random loss that is drawn *before* the margins are seen (eq-ensloss-first): a variant that is not in the paper.
+
+    The sorted draws are the slopes at fixed knots, with straight lines between them; behind 1 the slope is divided by the margin, and behind the
+    last knot once more. Given the draws this is one function of the margin, whatever the batch: :math:`\phi` is convex, differentiable
+    everywhere, calibrated and bounded below, so that thm-ensloss-mean and thm-ensloss-one-versus-rest hold for its mean as they stand.
+
+    Args:
+        margins: any shape, floating point, finite. No gradient flows into them.
+        draws: standard normal numbers, shape ``(n,)``, dtype of ``margins``.
+        knots: the first knot, the last one, at least 1 and above the first, and their number n > 1; equally spaced.
+        box_cox: :math:`\lambda\in[-1,1]`.
+        floor: steepest slope, below 0.
+        shift: subtracted from the slopes at the knots, above 0.
+
+    Returns:
+        Shape of ``margins``: negative numbers that do not decrease with the margin.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, shape or number, naming the argument.
+
+    Complexity: O(N + n log n) time, O(N) memory: no sort of the margins.
+
+    Source: derived in the chapter.
+
+    Example:
+        >>> drawn_slopes(torch.tensor([-5.0, 0.0, 3.0, 6.0]), torch.tensor([0.0, -1.0, -2.0]), knots=(-1, 3, 3), shift=1e-9)
+        tensor([-1.0000, -0.6839, -0.0451, -0.0113])
+    """
+    _checks.finite("margins", _checks.floating("margins", margins))
+    _check_knots(knots, box_cox, floor, shift)
+    _checks.finite("draws", _checks.floating("draws", draws, 1))
+    if draws.shape != (knots[2],):
+        raise ValueError(f"draws must have shape ({knots[2]},), one for each knot, got {tuple(draws.shape)}")
+    if draws.dtype != margins.dtype:
+        raise TypeError(f"draws must have the dtype of margins, {margins.dtype}, got {draws.dtype}")
+    return _drawn(margins.detach(), draws.detach(), knots, box_cox, floor, shift)
+
+
+def _drawn(
+    z: Tensor, draws: Tensor, knots: tuple[float, float, int], box_cox: float, floor: float, shift: float
+) -> Tensor:
+    first, last, number = knots
+    at = _sort(-inverse_box_cox(draws, box_cox).clamp(max=-floor)) - shift
+    place = ((z - first) * ((number - 1) / (last - first))).clamp(0, number - 1)
+    left = place.long().clamp(max=number - 2)
+    slopes = torch.lerp(at[left], at[left + 1], place - left)
+    return slopes / z.clamp(min=1) / (z / last).clamp(min=1)
+
+
+def _check_knots(knots: tuple[float, float, int], box_cox: float, floor: float | None, shift: float) -> None:
+    try:
+        first, last, number = knots
+    except (TypeError, ValueError):
+        raise TypeError(f"knots must be (first, last, number), got {knots!r}") from None
+    first, last = _checks.number("knots: first", first), _checks.number("knots: last", last)
+    if last < 1 or first >= last:
+        raise ValueError(f"knots must end at 1 or above, and begin below their end, got first {first} and last {last}")
+    _checks.positive_int("knots: number", number, minimum=2)
+    _check_options(box_cox, floor, _checks.positive_number("shift", shift))
+    if floor is None:
+        raise ValueError("floor must be a number where slopes are drawn at knots, so that their mean exists")
+
+
 def expected_derivative(quantile: Tensor, *, box_cox: float = 0.0, floor: float | None = -1.0) -> Tensor:
     r"""What a slope tends to in a large batch, at the margin that has this quantile in it (eq-ensloss-limit).
 
@@ -231,20 +303,21 @@ def signed_margins(logits: Tensor, target: Tensor) -> Tensor:
             )
         if _checks.known_false((target >= 0) & (target < classes)):
             raise ValueError(f"target must lie in [0, {classes}), got {target.min()} to {target.max()}")
-        positive = target[:, None] == torch.arange(classes, device=target.device)
-    else:
-        if not (target.is_floating_point() or target.dtype in (torch.bool, torch.int64)):
-            raise TypeError(f"target must be bool, int64 or floating point, got {target.dtype}")
-        if target.ndim == 1 and logits.shape == (len(target), 1):
-            target = target[:, None]
-        if target.shape != logits.shape:
-            raise ValueError(
-                f"target must have the shape of logits, {tuple(logits.shape)}, or hold a class for each row, got {tuple(target.shape)}"
-            )
-        if _checks.known_false((target == 0) | (target == 1)):
-            raise ValueError("target must hold 0 and 1 only; labels -1 and 1 become (label + 1) / 2")
-        positive = target == 1
-    return torch.where(positive, wide, -wide)
+        # Where values are not read, scatter still refuses a class that does not exist.
+        positive = torch.zeros_like(logits, dtype=torch.bool).scatter(1, target[:, None], True)
+        return torch.where(positive, wide, -wide)
+    if not (target.is_floating_point() or target.dtype in (torch.bool, torch.int64)):
+        raise TypeError(f"target must be bool, int64 or floating point, got {target.dtype}")
+    if target.ndim == 1 and logits.shape == (len(target), 1):
+        target = target[:, None]
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"target must have the shape of logits, {tuple(logits.shape)}, or hold a class for each row, got {tuple(target.shape)}"
+        )
+    if _checks.known_false((target == 0) | (target == 1)):
+        raise ValueError("target must hold 0 and 1 only; labels -1 and 1 become (label + 1) / 2")
+    # On an accelerator values are not checked: another label becomes NaN there, not silently a class.
+    return torch.where(target == 1, wide, torch.where(target == 0, -wide, torch.nan))
 
 
 def ens_loss(
@@ -255,6 +328,7 @@ def ens_loss(
     floor: float | None = -1.0,
     tail: bool = True,
     shift: float = 1e-6,
+    knots: tuple[float, float, int] | None = None,
     draws: Tensor | None = None,
     generator: torch.Generator | None = None,
     reduction: str = "mean",
@@ -262,9 +336,12 @@ def ens_loss(
     r"""Surrogate whose gradient is that of a random calibrated loss (eq-ensloss-surrogate), drawn anew in each call.
 
     :math:`\sum_ig_iz_i` with the derivatives :math:`g_i` of :func:`calibrated_derivatives` held constant. **Its value is not a loss**: it may rise
-    while the classifier gets better, and only its gradient has a meaning. Second derivatives are zero. For class indices it is one-versus-rest: all
-    B * K margins share *one* random loss, and the decision is the arg max of the logits. That is right because the loss may be taken
-    differentiable everywhere (thm-ensloss-one-versus-rest); for separate draws a class, or with kinks, it need not be.
+    while the classifier gets better, and only its gradient has a meaning. Second derivatives are zero.
+
+    For class indices it is one-versus-rest, and the decision is the arg max of the logits. All B * K margins share *one* random loss. The mean of
+    random losses finds the most probable class if it is convex, calibrated, bounded below, differentiable everywhere, the same for all classes, *and
+    does not depend on the network* (thm-ensloss-one-versus-rest). The sort within the batch breaks the last condition, and where no class has a
+    majority the order of the logits then goes wrong in the lab: give ``knots``, with which all conditions hold.
 
     Args:
         logits: shape ``(B,)`` or ``(B, K)``, floating point, finite.
@@ -273,7 +350,9 @@ def ens_loss(
         floor: steepest slope, below 0, or None.
         tail: divide the slopes of margins above 1 by the margin.
         shift: subtracted from each slope, at least 0.
-        draws: the normal numbers, with as many elements as ``logits``; None draws them.
+        knots: None sorts the draws within the batch, as the paper does; (first, last, number) draws the loss before the batch is seen, by
+            :func:`drawn_slopes`, for example (-1.0, 3.0, 16). Its tail is always on.
+        draws: the normal numbers, with as many elements as ``logits``, or as there are knots; None draws them.
         generator: for the draws, on the device of ``logits``; None is the default one.
         reduction: "none", "mean" or "sum" over the batch; the terms of a row are added.
 
@@ -283,7 +362,7 @@ def ens_loss(
     Raises:
         TypeError, ValueError: for a wrong type, shape, number or value, naming the argument.
 
-    Complexity: O(N log N) time and O(N) memory for N logits.
+    Complexity: O(N log N) time and O(N) memory for N logits; O(N) time with knots.
 
     Source: Dai, algorithm; several classes by the chapter's reduction, which is not in the paper.
 
@@ -294,18 +373,30 @@ def ens_loss(
         >>> logits.grad
         tensor([-0.3679,  1.0000,  0.0677, -1.0000])
     """
-    _check_options(box_cox, floor, shift)
+    if knots is None:
+        _check_options(box_cox, floor, shift)
+    else:
+        _check_knots(knots, box_cox, floor, shift)
+        if not tail:
+            raise ValueError("tail must be True with knots: without it the loss need not be bounded below")
     margins = signed_margins(logits, target)
     z = margins.detach().flatten()
+    count = z.numel() if knots is None else knots[2]
     if draws is None:
-        draws = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+        draws = torch.randn(count, dtype=z.dtype, device=z.device, generator=generator)
     else:
         _checks.finite("draws", _checks.floating("draws", draws))
-        if draws.numel() != z.numel():
-            raise ValueError(f"draws must have {z.numel()} elements, one for each logit, got {draws.numel()}")
+        if draws.numel() != count:
+            per = "logit" if knots is None else "knot"
+            raise ValueError(f"draws must have {count} elements, one for each {per}, got {draws.numel()}")
         if draws.dtype != z.dtype:
             raise TypeError(f"draws must have the dtype of the margins, {z.dtype}, got {draws.dtype}")
-    slopes = _derivatives(z, draws.detach().flatten(), box_cox, floor, tail, shift).view_as(margins)
+    draws = draws.detach().flatten()
+    if knots is None:
+        slopes = _derivatives(z, draws, box_cox, floor, tail, shift)
+    else:
+        slopes = _drawn(z, draws, knots, box_cox, floor, shift)
+    slopes = slopes.view_as(margins)
     terms = slopes * margins
     return _checks.reduced(terms if terms.ndim == 1 else terms.sum(1), reduction)
 
@@ -319,7 +410,7 @@ class EnsLoss(nn.Module):
         box_cox: the first :math:`\lambda`.
         redraw_every: calls in training mode after which :math:`\lambda` is drawn again; None never does. The authors' code can redraw it
             for each epoch: call :meth:`redraw` there.
-        floor, tail, shift: as in :func:`ens_loss`.
+        floor, tail, shift, knots: as in :func:`ens_loss`.
         generator: for all draws, on the device of the logits; None is the default one.
 
     Attributes:
@@ -346,6 +437,7 @@ class EnsLoss(nn.Module):
         floor: float | None = -1.0,
         tail: bool = True,
         shift: float = 1e-6,
+        knots: tuple[float, float, int] | None = None,
         generator: torch.Generator | None = None,
     ):
         super().__init__()
@@ -353,7 +445,9 @@ class EnsLoss(nn.Module):
         self.redraw_every = None if redraw_every is None else _checks.positive_int("redraw_every", redraw_every)
         _check_floor(floor, -1 if redraw_every else box_cox)
         self.floor, self.tail, self.shift = floor, tail, _checks.number("shift", shift, 0)
-        self.generator = generator
+        if knots is not None:
+            _check_knots(knots, box_cox, floor, shift)
+        self.knots, self.generator = knots, generator
         self.calls = 0
 
     def redraw(self) -> float:
@@ -368,7 +462,7 @@ class EnsLoss(nn.Module):
             if self.calls and self.calls % self.redraw_every == 0:
                 self.redraw()
             self.calls += 1
-        options = dict(floor=self.floor, tail=self.tail, shift=self.shift, generator=self.generator)
+        options = dict(floor=self.floor, tail=self.tail, shift=self.shift, knots=self.knots, generator=self.generator)
         return ens_loss(logits, target, box_cox=self.box_cox, **options)
 
     def get_extra_state(self) -> dict[str, float]:
