@@ -340,8 +340,8 @@ def ens_loss(
 
     For class indices it is one-versus-rest, and the decision is the arg max of the logits. All B * K margins share *one* random loss. The mean of
     random losses finds the most probable class if it is convex, calibrated, bounded below, differentiable everywhere, the same for all classes, *and
-    does not depend on the network* (thm-ensloss-one-versus-rest). The sort within the batch breaks the last condition, and where no class has a
-    majority the order of the logits then goes wrong in the lab: give ``knots``, with which all conditions hold.
+    does not depend on the network* (thm-ensloss-one-versus-rest). The sort within the batch does not meet the last condition, and where no class has
+    a majority the lab's networks then order the classes badly: give ``knots``, with which all conditions hold (prop-ensloss-first).
 
     Args:
         logits: shape ``(B,)`` or ``(B, K)``, floating point, finite.
