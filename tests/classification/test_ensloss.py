@@ -679,6 +679,11 @@ def test_half_precision_and_autocast():
     assert model.weight.grad.isfinite().all()
 
 
+def test_long_vectors_of_bfloat16():
+    margins, draws = torch.randn(2**14).bfloat16(), torch.randn(2**14).bfloat16()
+    assert E.is_calibrated_vector(margins, E.calibrated_derivatives(margins, draws), atol=1e-2)
+
+
 def test_transforms_and_compile():
     torch.manual_seed(0)
     logits, draws = torch.randn(3, 20, dtype=DOUBLE).mul(2).round() / 2, torch.randn(3, 20, dtype=DOUBLE)  # with ties
@@ -750,6 +755,8 @@ Z, Y = torch.zeros(3), torch.tensor([0, 1, 1])
         (lambda: E.ens_loss(Z, Y, knots=(0.0, 2.0, 3), tail=False), "tail"),
         (lambda: E.ens_loss(Z, Y, knots=(0.0, 2.0, 3), draws=torch.zeros(4)), "draws"),
         (lambda: E.EnsLoss(knots=(0.0, 0.5, 3)), "knots"),
+        (lambda: E.EnsLoss(knots=(0.0, 1.5, 3), tail=False), "tail"),
+        (lambda: E.EnsLoss(floor=None).redraw(), "floor"),
         (lambda: E.expected_derivative(torch.tensor([1.2])), "quantile"),
         (lambda: E.expected_derivative(Z, box_cox=2.0), "box_cox"),
         (lambda: E.expected_derivative(Z, floor=1.0), "floor"),

@@ -117,7 +117,7 @@ def _memory(x: Tensor) -> np.ndarray | None:
         return None
     try:
         return x.numpy()
-    except RuntimeError:  # a batched tensor of vmap
+    except (RuntimeError, TypeError):  # a batched tensor of vmap; bfloat16
         return None
 
 
@@ -340,8 +340,8 @@ def ens_loss(
 
     For class indices it is one-versus-rest, and the decision is the arg max of the logits. All B * K margins share *one* random loss. The mean of
     random losses finds the most probable class if it is convex, calibrated, bounded below, differentiable everywhere, the same for all classes, *and
-    does not depend on the network* (thm-ensloss-one-versus-rest). The sort within the batch does not meet the last condition, and where no class has
-    a majority the lab's networks then order the classes badly: give ``knots``, with which all conditions hold (prop-ensloss-first).
+    does not depend on the network* (thm-ensloss-one-versus-rest). The sort within the batch does not meet the last condition; with many classes, too,
+    all margins that matter are clipped at ``floor``, and nothing random is left. With ``knots`` all conditions hold (prop-ensloss-first).
 
     Args:
         logits: shape ``(B,)`` or ``(B, K)``, floating point, finite.
@@ -352,7 +352,8 @@ def ens_loss(
         shift: subtracted from each slope, at least 0.
         knots: None sorts the draws within the batch, as the paper does; (first, last, number) draws the loss before the batch is seen, by
             :func:`drawn_slopes`, for example (-1.0, 3.0, 16). Its tail is always on.
-        draws: the normal numbers, with as many elements as ``logits``, or as there are knots; None draws them.
+        draws: the normal numbers, with as many elements as ``logits``, or as there are knots, in any shape,
+            as they are sorted; None draws them.
         generator: for the draws, on the device of ``logits``; None is the default one.
         reduction: "none", "mean" or "sum" over the batch; the terms of a row are added.
 
@@ -414,7 +415,8 @@ class EnsLoss(nn.Module):
         generator: for all draws, on the device of the logits; None is the default one.
 
     Attributes:
-        box_cox: the current :math:`\lambda`; it and the number of calls are part of ``state_dict()``.
+        box_cox: the current :math:`\lambda`; it and the number of calls are part of ``state_dict()``, the generator's state is
+            not: save it beside, for a run that resumes exactly.
 
     Raises:
         TypeError, ValueError: for a wrong number, naming the argument.
@@ -447,11 +449,14 @@ class EnsLoss(nn.Module):
         self.floor, self.tail, self.shift = floor, tail, _checks.number("shift", shift, 0)
         if knots is not None:
             _check_knots(knots, box_cox, floor, shift)
+            if not tail:
+                raise ValueError("tail must be True with knots: without it the loss need not be bounded below")
         self.knots, self.generator = knots, generator
         self.calls = 0
 
     def redraw(self) -> float:
         r"""Draw :math:`\lambda` uniformly from [-1, 1], and give it back."""
+        _check_floor(self.floor, -1)
         device = "cpu" if self.generator is None else self.generator.device
         self.box_cox = 2 * torch.rand((), generator=self.generator, device=device).item() - 1
         return self.box_cox
