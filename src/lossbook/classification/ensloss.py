@@ -536,6 +536,8 @@ class PiecewiseQuadratic:
 
     Call it for :math:`\phi(z)`, float64 in the shape of ``z``; autograd gives its derivative.
 
+    Source: the chapter's construction (prop-ensloss-vectors).
+
     Example:
         >>> loss = PiecewiseQuadratic(torch.tensor([0.0, 1.0]).double(), torch.tensor([-1.0, 0.0]).double())
         >>> loss(torch.tensor([-1.0, 0.0, 1.0, 2.0])).tolist(), loss.derivative(torch.tensor([0.5])).tolist()
