@@ -869,3 +869,19 @@ def test_bad_values_name_the_argument(call, name):
 def test_bad_types_name_the_argument(call, name):
     with pytest.raises(TypeError, match=name):
         call()
+
+
+def test_conditional_risk_has_a_gradient_where_a_class_has_no_probability():
+    p = torch.tensor([[0.6, 0.4, 0.0]], dtype=torch.float64)
+    for tau in (0.0, 0.5, 1.0, 2.0):
+        logits = torch.tensor([[0.6, 0.4, -1e4]], dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(C.conditional_risk(logits, p, tau=tau).sum(), logits)
+        near = torch.tensor([[0.6, 0.4, -40.0]], dtype=torch.float64, requires_grad=True)
+        (wanted,) = torch.autograd.grad(C.conditional_risk(near, p, tau=tau).sum(), near)
+        torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=0)
+
+
+def test_margin_loss_counts_ranks_in_half_precision():
+    scores = torch.zeros(1, 1, 1000, dtype=torch.bfloat16)
+    loss = C.rho_margin_comp_sum(scores, torch.tensor([3]), tau=0, rho=1.0)
+    assert loss.item() == pytest.approx(999, rel=1e-6) and loss.dtype == torch.float32

@@ -149,8 +149,9 @@ def conditional_risk(logits: Tensor, probabilities: Tensor, *, tau: float) -> Te
     """
     _distribution(probabilities)
     _checks.like("logits", logits, "probabilities", probabilities, 2)
-    losses = _of_log(-torch.log_softmax(_wide(logits), dim=1), _checks.number("tau", tau, 0))
-    return (probabilities * losses.masked_fill(probabilities == 0, 0)).sum(1)
+    cross_entropy = -torch.log_softmax(_wide(logits), dim=1)
+    cross_entropy = cross_entropy.masked_fill(probabilities == 0, 0)  # before expm1: 0 times inf has no gradient
+    return (probabilities * _of_log(cross_entropy, _checks.number("tau", tau, 0))).sum(1)
 
 
 def optimal_conditional_risk(probabilities: Tensor, *, tau: float) -> Tensor:
@@ -425,6 +426,7 @@ def rho_margin_comp_sum(
     rows, _, n = _scores("score_sets", score_sets, 3).shape
     _labels(target, rows, n)
     rho = _checks.positive_number("rho", rho)
+    score_sets = _wide(score_sets)  # ranks are counted, and bfloat16 cannot count to 1000
     own = score_sets.gather(2, target[:, None, None].expand(-1, score_sets.shape[1], 1))
     margins = (1 - (own - score_sets) / rho).clamp(0, 1)
     worst = (margins.sum(2) - 1).clamp(min=0).amax(1)  # less the own class, whose margin is 1; phi increases
