@@ -306,7 +306,7 @@ def _linear_data(X: Tensor, bag: Tensor, response: Tensor | None = None) -> tupl
         response = torch.as_tensor(response) if isinstance(response, np.ndarray) else response
         response = _checks.finite("bag_response", _checks.floating("bag_response", response, 1)).double()
         num_bags = len(response)
-    return X.double(), bag, _bag_sizes(bag, len(X), num_bags), response
+    return X.double(), bag, _bag_sizes(bag, len(X), num_bags).double(), response
 
 
 def _two_blocks(X: Tensor, bag: Tensor, sizes: Tensor, response: Tensor, intercept: bool) -> tuple[Tensor, ...]:
@@ -428,7 +428,7 @@ def conditional_risk(
         for name, value in (("rho", rho), ("noise_variance", noise_variance), ("signal", signal))
     )
     if not bool((sizes == sizes[0]).all()):
-        raise ValueError(f"bag must have bags of equal size, got sizes from {sizes.min()} to {sizes.max()}")
+        raise ValueError(f"bag must have bags of equal size, got sizes from {sizes.min():g} to {sizes.max():g}")
     n, d = X.shape
     means = _mean(X, bag, sizes)
     W1 = sizes[0] * means.T @ means
