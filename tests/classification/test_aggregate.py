@@ -499,6 +499,44 @@ def test_best_rho():
         assert at_best <= risk.min() + 1e-12 and at_best == pytest.approx(risk.min().item(), rel=1e-5)
 
 
+@few
+@given(st.floats(0.5, 20), st.integers(1, 8), st.floats(0, 5), st.floats(0, 3))
+def test_ridge_risk_solves_its_equation_and_is_a_floor(psi, k, noise, signal):
+    u = A.ridge_risk(psi, k, noise_variance=noise, signal=signal).item()
+    assert 0 <= u <= signal + 1e-12
+    residual = psi / k * u * signal + (u - signal) * (noise + u)
+    assert abs(residual) < 1e-9
+    if psi > 1.05 and noise > 0:
+        rho = torch.logspace(-5, 2, 50, dtype=torch.float64)
+        risk = torch.stack(A.asymptotic_risk(psi, k, rho, noise_variance=noise, signal=signal)).sum(0)
+        assert (risk >= u - 1e-9).all()
+
+
+def test_ridge_risk_is_reached_by_a_ridge_on_bag_means():
+    """The best ridge weight, sigma^2 d / r^2 on the unscaled system, at d = 200."""
+    d, psi, k, noise, found = 200, 5, 2, 1.0, []
+    for seed in range(6):
+        X1 = torch.randn(psi * d // k, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        inverse = torch.linalg.inv(X1.T @ X1 + noise * d * torch.eye(d, dtype=torch.float64))
+        found.append(noise * inverse.trace())
+    assert torch.stack(found).mean().item() == pytest.approx(0.3508, rel=0.01)
+    assert A.ridge_risk(psi, k, noise_variance=noise).item() == pytest.approx(0.3508, abs=5e-5)
+    assert A.ridge_risk(0.5, 1, noise_variance=0.0, signal=2.0).item() == pytest.approx(1.0)
+
+
+@few
+@given(st.floats(1.1, 20), st.floats(0.01, 3), st.floats(0.2, 20))
+def test_without_the_spread_or_with_a_ridge_bags_of_one_are_best(psi, noise, epsilon):
+    k = torch.arange(1.0, 9, dtype=torch.float64)
+    private = A.private_noise_variance(noise, k, 2.0, epsilon)
+    ridge = A.ridge_risk(psi, k, noise_variance=private)
+    assert (ridge.diff() > -1e-12).all()
+    few_bags = k < psi
+    risk = torch.stack(A.asymptotic_risk(psi, k[few_bags], 0.0, noise_variance=private[few_bags])).sum(0)
+    torch.testing.assert_close(risk, (k * noise + 8 * 4 / epsilon**2)[few_bags] / (psi - k[few_bags]))
+    assert (risk.diff() > 0).all()
+
+
 # --- choosing the weight ----------------------------------------------------------------------------------------------
 
 
@@ -699,6 +737,7 @@ X4 = torch.eye(4)[:, :2]
         (lambda: A.asymptotic_risk(2, 2, 0.1, noise_variance=math.inf), "noise_variance"),
         (lambda: A.asymptotic_risk(2, 2, 0.1, noise_variance=1.0, signal=-1), "signal"),
         (lambda: A.best_rho(5, 2, noise_variance=1.0, upper=0), "upper"),
+        (lambda: A.ridge_risk(0.0, 2, noise_variance=1.0), "psi"),
         (lambda: A.best_rho(0.5, 2, noise_variance=1.0), "psi"),
         (lambda: A.noise_and_signal(X4, Y, BAG), "bag_response"),
         (lambda: A.noise_and_signal(torch.ones(4, 2), torch.zeros(4), torch.arange(4)), "X"),

@@ -572,6 +572,42 @@ def best_rho(
     return torch.where(k == 1, 0.0, best.exp())
 
 
+def ridge_risk(
+    psi: float | Tensor, bag_size: float | Tensor, *, noise_variance: float | Tensor, signal: float | Tensor = 1.0
+) -> Tensor:
+    r"""Limit of the risk of the bag-level fit with the best ridge, the yardstick for every other penalty (eq-aggregate-ridge).
+
+    The positive root :math:`u` of :math:`\frac{au}{\sigma^2+u}+\frac u{r^2}=1`, :math:`a=\psi/k`. No estimator that is linear in the bag means does better on
+    average over the directions of :math:`\theta_0`.
+
+    Args:
+        psi: :math:`\psi>0`, samples per feature.
+        bag_size: :math:`k\ge1`.
+        noise_variance: :math:`\sigma^2\ge0` of one response.
+        signal: :math:`r^2\ge0`.
+
+    Returns:
+        Float64, of the broadcast shape.
+
+    Raises:
+        TypeError, ValueError: for a wrong type or value, naming the argument.
+
+    Complexity: O(1) for each entry.
+
+    Source: the chapter; Hastie et al. 2022 for ridge regression.
+
+    Example:
+        >>> round(ridge_risk(5, 2, noise_variance=1.0).item(), 4)
+        0.3508
+    """
+    psi, k = _grid("psi", psi, 0, strict=True), _grid("bag_size", bag_size, 1)
+    noise_variance, signal = _grid("noise_variance", noise_variance, 0), _grid("signal", signal, 0)
+    # u^2 + linear u = constant
+    linear, constant = (psi / k - 1) * signal + noise_variance, signal * noise_variance
+    root = (linear.square() + 4 * constant).sqrt() + linear.abs()
+    return torch.where(linear > 0, 2 * constant / root.where(root > 0, 1), root / 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing the weight from aggregate data
 # ---------------------------------------------------------------------------------------------------------------------
