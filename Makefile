@@ -16,7 +16,7 @@ help:
 	@echo "make test         run every test: modules, notebooks, assignments, the book in a browser"
 	@echo "make check        test only what changed since HEAD"
 	@echo "make lab          open JupyterLab on the labs"
-	@echo "make bench        time the modules against their peers"
+	@echo "make bench        time the modules against their peers; BENCH=part/bench_slug: one file"
 	@echo "make assignments  make student and autograder versions"
 	@echo "make grade        SUBMISSIONS=folder OUT=grades.csv [PART=similarity] [TIME=60]"
 	@echo "make paper        PART=part SLUG=slug: the four rooms of a new paper, from templates"
@@ -50,7 +50,7 @@ lab: $(INSTALLED)
 	$(BIN)/jupyter lab labs
 
 bench: $(INSTALLED)
-	$(BIN)/python tests/benchmarks/run.py
+	$(BIN)/python tests/benchmarks/run.py --keep $(BENCH)
 
 assignments: $(INSTALLED)
 	$(BIN)/python book/_tools/assignments.py

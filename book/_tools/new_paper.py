@@ -1,5 +1,7 @@
 """Create the four rooms of one paper from templates: its chapter, module, lab and tests.
 
+The first paper of a part brings the part's package and the beginning of its assignment, too.
+
 From the project's root::
 
     python book/_tools/new_paper.py PART SLUG
@@ -46,6 +48,12 @@ def _fill(template: str, paper: registry.Paper) -> str:
     )
 
 
+def _assignment(part: str, root: Path) -> str:
+    template = Template((TEMPLATES / "assignment.md").read_text(encoding="utf-8"))
+    colab = registry.repository(root).colab(Path("labs", part, "assignment.ipynb"))
+    return _notebook(template.substitute(part=part, colab=colab))
+
+
 def _notebook(text: str) -> str:
     notebook = jupytext.reads(text, fmt="md:myst")
     notebook.metadata = METADATA
@@ -56,7 +64,7 @@ def _notebook(text: str) -> str:
 
 
 def create(part: str, slug: str, root: Path = registry.ROOT) -> list[Path]:
-    """Create the four rooms of a paper, and the part's package where it is missing; remake the lists.
+    """Create the four rooms of a paper, and the part's package and assignment where they are missing; remake the lists.
 
     Args:
         part: a part of ``book/papers.yml``.
@@ -86,6 +94,9 @@ def create(part: str, slug: str, root: Path = registry.ROOT) -> list[Path]:
     if not package.exists():
         title = next(entry.title for entry in registry.load(root) if entry.part == part)
         package.write_text(f'"""{title}."""\n', encoding="utf-8")
+    assignment = root / paper.lab.parent / "assignment.ipynb"
+    if not assignment.exists():
+        assignment.write_text(_assignment(part, root), encoding="utf-8")
     registry.write(root)
     return list(texts)
 

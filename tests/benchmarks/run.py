@@ -1,8 +1,9 @@
-"""Run every benchmark, print the tables, and keep them for the book: `make bench`.
+"""Run the benchmarks and print their tables; `--keep` keeps them for the book, one record a file.
 
-`python tests/benchmarks/run.py similarity/bench_temperature` runs one file and keeps nothing.
+`make bench` runs all and keeps them; `python tests/benchmarks/run.py similarity/bench_temperature` runs one file.
 """
 
+import argparse
 import datetime
 import importlib
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parents[1] / "book" / "results" / "benchmarks.json"
+RESULTS = HERE.parents[1] / "book" / "benchmarks"
 
 
 def machine() -> str:
@@ -36,29 +37,32 @@ def show(rows: list[dict]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def main(chosen: list[str]) -> None:
-    """Run the chosen files, or all."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Time the modules against their peers.")
+    parser.add_argument("file", nargs="*", help="a file without its ending, such as similarity/bench_temperature")
+    parser.add_argument("--keep", action="store_true", help="keep the tables for the book")
+    options = parser.parse_args(arguments)
     sys.path.insert(0, str(HERE))
     harness = importlib.import_module("harness")
-    rows, slopes = [], []
-    for path in sorted(HERE.glob("*/bench_*.py")):
-        name = path.relative_to(HERE).with_suffix("").as_posix()
-        if chosen and name not in chosen:
-            continue
-        sys.path.insert(0, str(path.parent))  # so that a fresh process can import what it is handed
-        new_rows, new_slopes = importlib.import_module(path.stem).run()
-        rows, slopes = rows + new_rows, slopes + new_slopes
-    tables = harness.as_json(rows, slopes)
-    print(machine(), end="\n\n")
-    show(tables["rows"])
-    if slopes:
-        print()
-        show(tables["slopes"])
-    if not chosen:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine(), "date": datetime.date.today().isoformat(), **tables}
-        RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    files = {path.relative_to(HERE).with_suffix("").as_posix(): path for path in sorted(HERE.glob("*/bench_*.py"))}
+    if unknown := [name for name in options.file if name not in files]:
+        parser.error(f"no such file: {', '.join(unknown)}; there are {', '.join(files)}")
+    print(machine())
+    for name in options.file or files:
+        sys.path.insert(0, str(files[name].parent))  # so that a fresh process can import what it is handed
+        tables = harness.as_json(*importlib.import_module(files[name].stem).run())
+        print(f"\n{name}")
+        show(tables["rows"])
+        if tables["slopes"]:
+            show(tables["slopes"])
+        sys.stdout.flush()
+        if options.keep:
+            path = RESULTS / f"{name.replace('bench_', '')}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record = {"machine": machine(), "date": datetime.date.today().isoformat(), **tables}
+            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -339,11 +339,19 @@ def test_benchmarks_before_and_after_the_first_record(book):
     row = {"part": "similarity", "slug": "temperature", "name": "InfoNCE", "peer": "NT-Xent", "size": "B=128"}
     row |= {"time_ours_ms": 1.234, "time_peer_ms": 5.0, "ratio": 0.2468, "memory_mb": None, "note": ""}
     slope = {"name": "InfoNCE", "quantity": "time", "range": "1k–16k", "slope": 1.987, "claim": "2"}
-    record = {"machine": "two cores", "date": "2026-11-28", "rows": [row], "slopes": [slope]}
-    tree, warnings = book("```{benchmarks}\n```", **{"book/results/benchmarks.json": json.dumps(record)})
+    first = {"machine": "two cores", "date": "2026-11-28", "rows": [row], "slopes": [slope]}
+    files = {"book/benchmarks/similarity/temperature.json": json.dumps(first)}
+    tree, warnings = book("```{benchmarks}\n```", **files)
     cells = [entry.astext() for entry in tree.findall(nodes.entry)]
     assert ["1.23 ms", "5 ms", "0.247", "–"] == cells[11:15]
     assert "1.99" in cells and "Measured on two cores, 2026-11-28." in tree.astext()
+    assert warnings == ""
+    second = first | {"machine": "four cores", "slopes": [], "rows": [row | {"memory_mb": 2.0, "memory_peer_mb": 8.0}]}
+    files |= {f"book/benchmarks/{name}.json": json.dumps(second) for name in ("similarity/tcm", "ops/streamed")}
+    tree, warnings = book("```{benchmarks}\n```", **files)
+    assert [found.astext() for found in tree.findall(nodes.title)][-2:] == ["Ops", "Similarity"]
+    assert "Measured on four cores, 2026-11-28 (tcm); two cores, 2026-11-28 (temperature)." in tree.astext()
+    assert "2 MB (8 MB)" in [entry.astext() for entry in tree.findall(nodes.entry)]
     assert warnings == ""
 
 

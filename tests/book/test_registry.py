@@ -259,6 +259,20 @@ def test_new_notebooks_have_the_same_normalized_bytes_every_time(root, tmp_path_
         nbformat.validate(nbformat.reads(text.decode(), as_version=4))
 
 
+def test_first_paper_of_a_part_begins_its_assignment_and_the_second_leaves_it(root):
+    new_paper.create("generative", "proximal", root)
+    path = root / "labs/generative/assignment.ipynb"
+    made = nbformat.read(path, as_version=4)
+    wanted = nbformat.read(registry.ROOT / "labs/similarity/assignment.ipynb", as_version=4)
+    address = registry.repository(root).colab(Path("labs/generative/assignment.ipynb"))
+    assert made.cells[0].source.startswith("# Assignment: generative\n") and f"({address})" in made.cells[0].source
+    assert [cell.source for cell in made.cells[1:]] == [cell.source for cell in wanted.cells[1 : len(made.cells)]]
+    path.write_text("precious")
+    second = next(paper for paper in registry.papers(root) if paper.part == "generative" and paper.slug != "proximal")
+    new_paper.create("generative", second.slug, root)
+    assert path.read_text() == "precious"
+
+
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.name)
 def test_new_modules_keep_the_line_length(paper, root):
     new_paper.create(paper.part, paper.slug, root)

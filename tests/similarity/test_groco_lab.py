@@ -1,13 +1,9 @@
 """The lab's `full` profile, on a few generated images of CIFAR-10's shape: the code path that `quick` does not take."""
 
-from pathlib import Path
-
-import nbformat
 import torch
+from full_profile import run_full
 
 from lossbook import lab
-
-LAB = Path(__file__).parents[2] / "labs" / "similarity" / "groco.ipynb"
 
 
 def few_images(*, train):
@@ -19,29 +15,19 @@ def few_images(*, train):
     )
 
 
+def three_losses(source, names):
+    """Three of the losses are enough here."""
+    if source.startswith("jobs ="):
+        kept = ("sort, 4 views", "softmax, τ=0.5", "top 10, τ=0.5")
+        names["losses"] = {name: names["losses"][name] for name in kept}
+    return source
+
+
 def test_full_profile_trains_with_two_and_four_views(monkeypatch):
-    monkeypatch.setenv("LOSSBOOK_PROFILE", "full")
-    monkeypatch.setenv("LOSSBOOK_DEVICE", "cpu")
     monkeypatch.setattr(lab, "load_cifar10", few_images)
-    threads = torch.get_num_threads()
-    names = {"__name__": "__main__"}
-    for cell in nbformat.read(LAB, as_version=4).cells:
-        if cell.cell_type != "code":
-            continue
-        if cell.source.startswith("import sys"):
-            exec("from lossbook import lab\nrun = lab.start()", names)
-            continue
-        if cell.source.startswith("jobs ="):  # the experiment: three of the losses are enough here
-            kept = ("sort, 4 views", "softmax, τ=0.5", "top 10, τ=0.5")
-            names["losses"] = {name: names["losses"][name] for name in kept}
-        exec(cell.source, names)
-        if "SIZES" in cell.source:
-            assert names["size"] is names["SIZES"]["full"]
-            names["size"] |= dict(epochs=2, batch=20, seeds=(0, 1), backbone=lambda: lab.ResNet(3, None, width=8))
-            names["size"] |= dict(head=lambda: lab.MLP([64, 32, 16]))
-        if "measured" in names:
-            break
-    torch.set_num_threads(threads)
+    sizes = dict(epochs=2, batch=20, seeds=(0, 1))
+    sizes |= dict(backbone=lambda: lab.ResNet(3, None, width=8), head=lambda: lab.MLP([64, 32, 16]))
+    names = run_full("similarity/groco", monkeypatch, until="measured", sizes=sizes, change=three_losses)
     assert set(names["measured"]) == {(name, seed) for name in names["losses"] for seed in (0, 1)}
     for result in names["measured"].values():
         assert all(torch.tensor(value).isfinite().all() for value in result.values())

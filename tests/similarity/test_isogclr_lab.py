@@ -1,13 +1,9 @@
 """The lab's `full` profile, on a few generated images of CIFAR-10's shape: the code path that `quick` does not take."""
 
-from pathlib import Path
-
-import nbformat
 import torch
+from full_profile import run_full
 
 from lossbook import lab
-
-LAB = Path(__file__).parents[2] / "labs" / "similarity" / "isogclr.ipynb"
 
 
 def few_images(*, train):
@@ -19,29 +15,18 @@ def few_images(*, train):
     )
 
 
+def one_start(source, names):
+    """One initial temperature is enough here."""
+    if "STARTS" in names:
+        names["STARTS"] = (0.1,)
+    return source
+
+
 def test_full_profile_trains_and_moves_the_temperatures(monkeypatch):
-    monkeypatch.setenv("LOSSBOOK_PROFILE", "full")
-    monkeypatch.setenv("LOSSBOOK_DEVICE", "cpu")
     monkeypatch.setattr(lab, "load_cifar10", few_images)
-    threads = torch.get_num_threads()
-    names = {"__name__": "__main__"}
-    for cell in nbformat.read(LAB, as_version=4).cells:
-        if cell.cell_type != "code":
-            continue
-        if cell.source.startswith("import sys"):
-            exec("from lossbook import lab\nrun = lab.start()", names)
-            continue
-        exec(cell.source, names)
-        if "SIZES" in cell.source:
-            assert names["size"] is names["SIZES"]["full"]
-            names["size"] |= dict(
-                most=12, imbalance=3, epochs=3, warmup=1, batch=20, seeds=2, splits=2, frozen_epochs=2
-            )
-            names["size"] |= dict(backbone=lambda: lab.ResNet(3, None, width=8), head=lambda: lab.MLP([64, 32, 16]))
-            names["STARTS"] = (0.1,)
-        if "measured" in names:
-            break
-    torch.set_num_threads(threads)
+    sizes = dict(most=12, imbalance=3, epochs=3, warmup=1, batch=20, seeds=2, splits=2, frozen_epochs=2)
+    sizes |= dict(backbone=lambda: lab.ResNet(3, None, width=8), head=lambda: lab.MLP([64, 32, 16]))
+    names = run_full("similarity/isogclr", monkeypatch, until="measured", sizes=sizes, change=one_start)
     assert set(names["measured"]) == {
         (m, s, seed) for m in names["METHODS"] for s in names["STARTS"] for seed in (0, 1)
     }

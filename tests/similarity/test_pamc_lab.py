@@ -1,13 +1,9 @@
 """The lab's `full` profile, on a few generated images of USPS's shape: the code path that `quick` does not take."""
 
-from pathlib import Path
-
-import nbformat
 import torch
+from full_profile import run_full
 
 from lossbook import lab
-
-LAB = Path(__file__).parents[2] / "labs" / "similarity" / "pamc.ipynb"
 
 
 def few_images(*, train):
@@ -19,29 +15,9 @@ def few_images(*, train):
 
 
 def test_full_profile_trains_and_measures(monkeypatch):
-    monkeypatch.setenv("LOSSBOOK_PROFILE", "full")
-    monkeypatch.setenv("LOSSBOOK_DEVICE", "cpu")
     monkeypatch.setattr(lab, "load_usps", few_images)
-    threads = torch.get_num_threads()
-    names = {"__name__": "__main__"}
-    for cell in nbformat.read(LAB, as_version=4).cells:
-        if cell.cell_type != "code":
-            continue
-        if cell.source.startswith("import sys"):
-            exec("from lossbook import lab\nrun = lab.start()", names)
-            continue
-        if "SIZES" in cell.source:  # the cell loads the data itself, so sizes change before it goes on
-            sizes, rest = cell.source.split("size = SIZES[run.profile]\n")
-            exec(sizes, names)
-            names["size"] = names["SIZES"]["full"]
-            names["size"] |= dict(encoder=(256, 32, 10), pretrain=4, batch=20, epochs=9, seeds=2)
-            names["size"] |= dict(sizes=(100, 200, 400), large=1000)
-            exec(rest, names)
-            continue
-        exec(cell.source, names)
-        if "digits_seconds" in names:
-            break
-    torch.set_num_threads(threads)
+    sizes = dict(encoder=(256, 32, 10), pretrain=4, batch=20, epochs=9, seeds=2, sizes=(100, 200, 400), large=1000)
+    names = run_full("similarity/pamc", monkeypatch, until="digits_seconds", sizes=sizes)
     assert len(names["everything"][0]) == 120 and names["K"] == 10
     assert set(names["measured"]) == {
         (method, setting, seed)

@@ -1,13 +1,9 @@
 """The lab's `full` profile, on a few generated images of CIFAR-100's shape: the code path that `quick` does not take."""
 
-from pathlib import Path
-
-import nbformat
 import torch
+from full_profile import run_full
 
 from lossbook import lab
-
-LAB = Path(__file__).parents[2] / "labs" / "similarity" / "proto_triplet.ipynb"
 
 
 def few_images(*, train):
@@ -18,29 +14,17 @@ def few_images(*, train):
     return lab.Images(images, labels, tuple(str(c) for c in range(100)))
 
 
+def few_episodes(source, names):
+    """One scale, and small episodes once the networks are defined."""
+    if "def run_all" in source:
+        names["size"] |= dict(episodes=4, way=3, queries=5, epoch=1)
+    return source.replace("sets = dict", "SCALES = (1 / 2,)\nsets = dict")
+
+
 def test_full_profile_trains_on_other_classes_than_it_tests(monkeypatch):
-    monkeypatch.setenv("LOSSBOOK_PROFILE", "full")
-    monkeypatch.setenv("LOSSBOOK_DEVICE", "cpu")
     monkeypatch.setattr(lab, "load_cifar100", few_images)
-    threads = torch.get_num_threads()
-    names = {"__name__": "__main__"}
-    for cell in nbformat.read(LAB, as_version=4).cells:
-        if cell.cell_type != "code":
-            continue
-        if cell.source.startswith("import sys"):
-            exec("from lossbook import lab\nrun = lab.start()", names)
-            continue
-        if "def run_all" in cell.source:  # the experiment: every loss, one seed of each
-            names["size"] |= dict(episodes=4, way=3, queries=5, epoch=1)
-        if "def conv4" in cell.source:
-            few = "SCALES = (1 / 2,)\nsize |= dict(test_episodes=31, seeds=(0,), more=(1,))\nsets = dict"
-            exec(cell.source.replace("sets = dict", few), names)
-            assert names["SIZES"]["full"] is names["size"]
-        else:
-            exec(cell.source, names)
-        if "measured" in names:
-            break
-    torch.set_num_threads(threads)
+    sizes = dict(test_episodes=31, seeds=(0,), more=(1,))
+    names = run_full("similarity/proto_triplet", monkeypatch, until="measured", sizes=sizes, change=few_episodes)
     assert [len(labels.unique()) for _, labels in names["sets"].values()] == [64, 16, 20]
     groups = [set(labels.tolist()) for _, labels in names["sets"].values()]
     assert not groups[0] & groups[1] and not groups[1] & groups[2] and not groups[0] & groups[2]

@@ -1,14 +1,11 @@
 """The lab's `full` profile, on a few generated images of CIFAR-100's shape: the code path that `quick` does not take."""
 
 import math
-from pathlib import Path
 
-import nbformat
 import torch
+from full_profile import run_full
 
 from lossbook import lab
-
-LAB = Path(__file__).parents[2] / "labs" / "similarity" / "tcm.ipynb"
 
 
 def few_images(*, train):
@@ -21,25 +18,10 @@ def few_images(*, train):
 
 
 def test_full_profile_trains_and_measures(monkeypatch):
-    monkeypatch.setenv("LOSSBOOK_PROFILE", "full")
-    monkeypatch.setenv("LOSSBOOK_DEVICE", "cpu")
     monkeypatch.setattr(lab, "load_cifar100", few_images)
-    threads = torch.get_num_threads()
-    names = {"__name__": "__main__"}
-    for cell in nbformat.read(LAB, as_version=4).cells:
-        if cell.cell_type != "code":
-            continue
-        if cell.source.startswith("import sys"):
-            exec("from lossbook import lab\nrun = lab.start()", names)
-            continue
-        exec(cell.source, names)
-        if "SIZES" in cell.source:
-            assert names["size"] is names["SIZES"]["full"]
-            names["size"] |= dict(steps=2, batch=(8, 4), seeds=range(2), digits=dict(steps=3, splits=range(1)))
-            names["size"] |= dict(encoder=lambda: lab.ResNet(3, 128, width=8, blocks=(1, 1)))
-        if "measured" in names:
-            break
-    torch.set_num_threads(threads)
+    sizes = dict(steps=2, batch=(8, 4), seeds=range(2), digits=dict(steps=3, splits=range(1)))
+    sizes |= dict(encoder=lambda: lab.ResNet(3, 128, width=8, blocks=(1, 1)))
+    names = run_full("similarity/tcm", monkeypatch, until="measured", sizes=sizes)
     digits = [setting for setting in names["settings"] if "digits" in setting]
     assert len(digits) == 2 and len(names["measured"]) == 2 * (len(names["settings"]) - 2) + 2
     for (setting, _seed), result in names["measured"].items():

@@ -1,13 +1,9 @@
 """The lab's `full` profile, on a few generated images of CIFAR-10's shape: the code path that `quick` does not take."""
 
-from pathlib import Path
-
-import nbformat
 import torch
+from full_profile import run_full
 
 from lossbook import lab
-
-LAB = Path(__file__).parents[2] / "labs" / "similarity" / "temperature.ipynb"
 
 
 def few_images(*, train):
@@ -19,30 +15,18 @@ def few_images(*, train):
     )
 
 
+def two_losses(source, names):
+    """Two of the losses are enough here."""
+    if source.startswith("jobs ="):
+        names["losses"] = {name: names["losses"][name] for name in ("tau=0.5", "hard simple")}
+    return source
+
+
 def test_full_profile_trains_with_the_memory_bank(monkeypatch):
-    monkeypatch.setenv("LOSSBOOK_PROFILE", "full")
-    monkeypatch.setenv("LOSSBOOK_DEVICE", "cpu")
     monkeypatch.setattr(lab, "load_cifar10", few_images)
-    threads = torch.get_num_threads()
-    names = {"__name__": "__main__"}
-    for cell in nbformat.read(LAB, as_version=4).cells:
-        if cell.cell_type != "code":
-            continue
-        if cell.source.startswith("import sys"):
-            exec("from lossbook import lab\nrun = lab.start()", names)
-            continue
-        if cell.source.startswith("jobs ="):  # the experiment: two of the losses are enough here
-            names["losses"] = {name: names["losses"][name] for name in ("tau=0.5", "hard simple")}
-        exec(cell.source, names)
-        if "SIZES" in cell.source:
-            assert names["size"] is names["SIZES"]["full"]
-            names["size"] |= dict(
-                epochs=2, batch=20, bank=8, seeds=(0, 1), backbone=lambda: lab.ResNet(3, None, width=8)
-            )
-            names["size"] |= dict(head=lambda: lab.MLP([64, 32, 16]))
-        if "measured" in names:
-            break
-    torch.set_num_threads(threads)
+    sizes = dict(epochs=2, batch=20, bank=8, seeds=(0, 1))
+    sizes |= dict(backbone=lambda: lab.ResNet(3, None, width=8), head=lambda: lab.MLP([64, 32, 16]))
+    names = run_full("similarity/temperature", monkeypatch, until="measured", sizes=sizes, change=two_losses)
     assert set(names["measured"]) == {(name, seed) for name in (*names["losses"], "pixels") for seed in (0, 1)}
     for result in names["measured"].values():
         assert all(torch.tensor(value).isfinite().all() for value in result.values())
