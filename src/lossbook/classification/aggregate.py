@@ -324,13 +324,54 @@ def _solve(blocks: tuple[Tensor, ...], rho: Tensor, ridge: float) -> tuple[Tenso
     """Coefficients (R, d) of least norm and intercepts (R,), one for each of the R weights ``rho``."""
     R1, t1, R2, center, offset = blocks
     d, count = R1.shape[1], len(rho)
-    penalty = math.sqrt(ridge) * torch.eye(d, dtype=R1.dtype, device=R1.device)
-    rows = [R1.expand(count, -1, -1), rho.sqrt()[:, None, None] * R2, penalty.expand(count, -1, -1)]
+    rows = [R1.expand(count, -1, -1), rho.sqrt()[:, None, None] * R2]
+    if ridge:
+        rows.append((math.sqrt(ridge) * torch.eye(d, dtype=R1.dtype, device=R1.device)).expand(count, -1, -1))
     U, s, Vh = torch.linalg.svd(torch.cat(rows, dim=1), full_matrices=False)
     keep = s > s[:, :1] * max(U.shape[1:]) * torch.finfo(s.dtype).eps
     along = torch.einsum("rpq,p->rq", U[:, : len(t1)], t1)
     theta = torch.einsum("rq,rqd->rd", torch.where(keep, along / s.where(keep, 1), 0), Vh)
     return theta, offset - theta @ center
+
+
+def least_squares_path(
+    X: Tensor, bag_response: Tensor, bag: Tensor, rhos: Tensor, *, ridge: float = 0.0, fit_intercept: bool = True
+) -> tuple[Tensor, Tensor]:
+    r"""The minimizers of :math:`L_{\rm bag}+\rho\mathcal R+\texttt{ridge}\,\|\theta\|^2` for many weights, from one factorization of the data.
+
+    Args:
+        X: features, shape ``(n, d)``, floating point.
+        bag_response: mean responses, shape ``(m,)``.
+        bag: the bag of each row, int64, shape ``(n,)``.
+        rhos: weights, each at least 0, shape ``(R,)``.
+        ridge: as in :class:`InterpolatedLeastSquares`.
+        fit_intercept: as in :class:`InterpolatedLeastSquares`.
+
+    Returns:
+        Coefficients ``(R, d)``, of least norm where they are not unique, and intercepts ``(R,)``, float64.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, shape, value or index, naming the argument.
+
+    Complexity: O(nd^2 + R d^3) time, O(nd + R d^2) memory.
+
+    Example:
+        >>> X, bag = torch.tensor([[0.0], [1.0], [2.0], [5.0]]), torch.tensor([0, 0, 1, 1])
+        >>> least_squares_path(X, torch.tensor([1.0, 7.0]), bag, torch.tensor([0.0, 1.0]))[0].round(decimals=4)
+        tensor([[2.0000],
+                [1.2857]], dtype=torch.float64)
+    """
+    X, bag, sizes, response = _linear_data(X, bag, bag_response)
+    ridge = _checks.number("ridge", ridge, 0)
+    return _solve(_two_blocks(X, bag, sizes, response, fit_intercept), _weights(rhos).to(X.device), ridge)
+
+
+def _weights(rhos: Tensor) -> Tensor:
+    """Checked weights, float64, shape ``(R,)``."""
+    rhos = _grid("rhos", rhos, 0)
+    if rhos.ndim != 1 or not len(rhos):
+        raise ValueError(f"rhos must have shape (R,) with R > 0, got {tuple(rhos.shape)}")
+    return rhos
 
 
 class InterpolatedLeastSquares:
@@ -373,9 +414,14 @@ class InterpolatedLeastSquares:
         Raises:
             TypeError, ValueError: for a wrong type, shape, value or index, naming the argument.
         """
-        X, bag, sizes, response = _linear_data(X, bag, bag_response)
-        blocks = _two_blocks(X, bag, sizes, response, self.fit_intercept)
-        theta, intercept = _solve(blocks, X.new_tensor([self.rho]), self.ridge)
+        theta, intercept = least_squares_path(
+            X,
+            bag_response,
+            bag,
+            torch.tensor([self.rho], dtype=torch.float64),
+            ridge=self.ridge,
+            fit_intercept=self.fit_intercept,
+        )
         self.coef_, self.intercept_ = theta[0], intercept[0]
         return self
 
@@ -560,10 +606,10 @@ def best_rho(
         return torch.stack(asymptotic_risk(psi, k, log_rho.exp(), noise_variance=noise_variance, signal=signal)).sum(0)
 
     points = torch.linspace(math.log(1e-6), math.log(upper), 121, dtype=torch.float64, device=psi.device)
-    valley = torch.stack([risk(point) for point in points]).argmin(0)
+    valley = risk(points.reshape(-1, *[1] * psi.ndim)).argmin(0)
     low, high = points[(valley - 1).clamp(min=0)], points[(valley + 1).clamp(max=120)]
     ratio = (math.sqrt(5) - 1) / 2
-    for _ in range(45):
+    for _ in range(32):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         go_left = risk(left) <= risk(right)
         low, high = torch.where(go_left, low, left), torch.where(go_left, right, high)
@@ -716,9 +762,7 @@ def bag_validation_errors(
     Complexity: O(folds (nd^2 + R d^3)) time, O(nd + R d^2) memory.
     """
     X, bag, sizes, response = _linear_data(X, bag, bag_response)
-    rhos = _grid("rhos", rhos, 0).to(X.device)
-    if rhos.ndim != 1 or not len(rhos):
-        raise ValueError(f"rhos must have shape (R,) with R > 0, got {tuple(rhos.shape)}")
+    rhos = _weights(rhos).to(X.device)
     m, ridge = len(sizes), _checks.number("ridge", ridge, 0)
     if _checks.positive_int("folds", folds, minimum=2) > m:
         raise ValueError(f"folds must be at most the number of bags, {m}, got {folds}")
