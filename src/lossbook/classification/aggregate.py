@@ -575,8 +575,8 @@ def best_rho(
 ) -> Tensor:
     r"""The weight with the smallest asymptotic risk, :math:`\rho^\star\in[10^{-6},\texttt{upper}]`; all arguments but ``upper`` broadcast.
 
-    A grid of 121 weights, even in the logarithm, finds the valley, golden section its floor. A result at an end of the range says that the minimum lies
-    there or beyond.
+    Grids in the logarithm, each inside the best cells of the one before, down to a relative error of 1e-5. A result at an end of the range says that the
+    minimum lies there or beyond.
 
     Args:
         psi: :math:`\psi>1`, samples per feature.
@@ -605,16 +605,13 @@ def best_rho(
     def risk(log_rho: Tensor) -> Tensor:
         return torch.stack(asymptotic_risk(psi, k, log_rho.exp(), noise_variance=noise_variance, signal=signal)).sum(0)
 
-    points = torch.linspace(math.log(1e-6), math.log(upper), 121, dtype=torch.float64, device=psi.device)
-    valley = risk(points.reshape(-1, *[1] * psi.ndim)).argmin(0)
-    low, high = points[(valley - 1).clamp(min=0)], points[(valley + 1).clamp(max=120)]
-    ratio = (math.sqrt(5) - 1) / 2
-    for _ in range(32):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        go_left = risk(left) <= risk(right)
-        low, high = torch.where(go_left, low, left), torch.where(go_left, right, high)
-    best = torch.stack([low, (low + high) / 2, high])
-    best = best.gather(0, torch.stack([risk(x) for x in best]).argmin(0, keepdim=True))[0]
+    low, high = torch.full_like(psi, math.log(1e-6)), torch.full_like(psi, math.log(upper))
+    for count in (121, 41, 41, 41, 41):  # each grid lies between the neighbors of the best point of the one before
+        share = torch.linspace(0, 1, count, dtype=psi.dtype, device=psi.device).reshape(-1, *[1] * psi.ndim)
+        points = low + share * (high - low)
+        best = risk(points).argmin(0, keepdim=True)
+        low, high = (points.gather(0, (best + step).clamp(0, count - 1))[0] for step in (-1, 1))
+    best = points.gather(0, best)[0]
     return torch.where(k == 1, 0.0, best.exp())
 
 
