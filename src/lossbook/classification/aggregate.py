@@ -86,6 +86,8 @@ def bag_mean(values: Tensor, bag: Tensor, num_bags: int | None = None) -> Tensor
 
     Complexity: O(BC) time and memory.
 
+    Source: Javanmard et al., section 1: the responses that are released.
+
     Example:
         >>> bag_mean(torch.tensor([0.0, 2.0, 1.0]), torch.tensor([0, 0, 1]))
         tensor([1., 1.])
@@ -355,6 +357,8 @@ def least_squares_path(
 
     Complexity: O(nd^2 + R d^3) time, O(nd + R d^2) memory.
 
+    Source: Javanmard et al., section 3; all weights from one factorization are the chapter's.
+
     Example:
         >>> X, bag = torch.tensor([[0.0], [1.0], [2.0], [5.0]]), torch.tensor([0, 0, 1, 1])
         >>> least_squares_path(X, torch.tensor([1.0, 7.0]), bag, torch.tensor([0.0, 1.0]))[0].round(decimals=4)
@@ -462,6 +466,8 @@ def conditional_risk(
         TypeError, ValueError: for a wrong type, shape or number, unequal bags, or a singular :math:`A`, naming the argument.
 
     Complexity: O(nd^2 + d^3) time, O(nd) memory.
+
+    Source: the chapter; Javanmard et al., section 3, has its limit.
 
     Example:
         >>> bias2, variance = conditional_risk(torch.eye(2), torch.tensor([0, 1]), 0.3, noise_variance=0.5)
@@ -675,6 +681,8 @@ def noise_and_signal(
 
     Complexity: O(nd + md^2 + d^3) time, O(nd) memory.
 
+    Source: own estimates (chapter, eq-aggregate-plug-in).
+
     Example:
         >>> X = torch.tensor([[1.0], [-1.0], [2.0]])
         >>> noise, signal = noise_and_signal(X, torch.tensor([2.0, -2.0, 4.0]), torch.tensor([0, 1, 2]))
@@ -718,6 +726,8 @@ def plug_in_rho(
 
     Raises:
         TypeError, ValueError: for a wrong type, shape, value or index, or too few bags, naming the argument.
+
+    Source: own (chapter); Javanmard et al., section 3, for the weight that it estimates.
     """
     noise, signal = noise_and_signal(X, bag_response, bag, fit_intercept=fit_intercept)
     psi, bag_size = len(X) / X.shape[1], len(X) / len(bag_response)
@@ -757,6 +767,8 @@ def bag_validation_errors(
         TypeError, ValueError: for a wrong type, shape, value or index, naming the argument.
 
     Complexity: O(folds (nd^2 + R d^3)) time, O(nd + R d^2) memory.
+
+    Source: own (chapter, eq-aggregate-validation).
     """
     X, bag, sizes, response = _linear_data(X, bag, bag_response)
     rhos = _weights(rhos).to(X.device)
@@ -869,6 +881,8 @@ def privacy_loss(response: Tensor, neighbor: Tensor, bag: Tensor, *, clip: float
     Raises:
         TypeError, ValueError: for a wrong type, shape, value or index, naming the argument.
 
+    Source: Dwork et al. 2006, applied to the means of bags in the chapter.
+
     Example:
         >>> y = torch.tensor([2.0, 0.0, 1.0, 1.0])
         >>> privacy_loss(y, torch.tensor([-2.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]), clip=2.0, epsilon=0.5)
@@ -913,7 +927,16 @@ def private_noise_variance(
 
 
 class BestBagSize(NamedTuple):
-    """What :func:`best_bag_size` found."""
+    """What :func:`best_bag_size` found.
+
+    Args:
+        bag_size: the size with the least risk.
+        rho: the best weight at this size.
+        risk: the risk there.
+        risks: the risk of every candidate at its own best weight, in their order.
+
+    Source: Javanmard et al., section 4.
+    """
 
     bag_size: int
     rho: float
