@@ -54,6 +54,21 @@ def integer(name: str, value: Tensor, ndim: int) -> Tensor:
     return value
 
 
+def indices(name: str, value: Tensor, size: int, rows: int | None = None) -> Tensor:
+    """``value``, if it is int64 of shape ``(rows,)``, any length for None, and none is known to lie outside of [0, size)."""
+    integer(name, value, 1)
+    if rows is not None and len(value) != rows:
+        raise ValueError(f"{name} must have shape ({rows},), one for each row, got {tuple(value.shape)}")
+    if known_false((value >= 0) & (value < size)):
+        raise ValueError(f"{name} must lie in [0, {size}), got {value.min()} to {value.max()}")
+    return value
+
+
+def wide(value: Tensor) -> Tensor:
+    """``value`` in float32 or wider: half precision is too coarse for sums over a batch or over classes."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 def like(name: str, value: Tensor, other_name: str, other: Tensor, ndim: int) -> Tensor:
     """``value``, if it is a floating-point tensor with ``ndim`` dimensions, and of the shape and dtype of ``other``."""
     floating(name, value, ndim)

@@ -59,11 +59,6 @@ def _log_mean_exp(values: Tensor, bag: Tensor, sizes: Tensor) -> Tensor:
     return peak + _mean((values - peak[bag]).exp(), bag, sizes).log()
 
 
-def _wide(values: Tensor) -> Tensor:
-    """``values`` in float32 or wider."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def _one_or_two_dims(name: str, values: Tensor) -> Tensor:
     if _checks.floating(name, values).ndim not in (1, 2):
         raise ValueError(f"{name} must have shape (B,) or (B, C), got {tuple(values.shape)}")
@@ -96,7 +91,7 @@ def bag_mean(values: Tensor, bag: Tensor, num_bags: int | None = None) -> Tensor
     if num_bags is None:
         num_bags = int(_checks.integer("bag", bag, 1).max()) + 1 if len(bag) else 1
     sizes = _bag_sizes(bag, len(values), _checks.positive_int("num_bags", num_bags))
-    return _mean(_wide(values), bag, sizes)
+    return _mean(_checks.wide(values), bag, sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +120,7 @@ def _prepare(prediction: Tensor, bag_response: Tensor, bag: Tensor, loss: str) -
         _checks.finite("bag_response", bag_response)
         if loss == "bce_with_logits" and _checks.known_false((bag_response >= 0) & (bag_response <= 1)):
             raise ValueError("bag_response must lie in [0, 1], a share of positives for each bag")
-    prediction = _wide(prediction)
+    prediction = _checks.wide(prediction)
     return prediction, bag_response.to(prediction.dtype), sizes
 
 
@@ -289,7 +284,7 @@ def spread(prediction: Tensor, bag: Tensor, num_bags: int | None = None) -> Tens
     """
     center = bag_mean(prediction, bag, num_bags)
     sizes = _bag_sizes(bag, len(prediction), len(center))
-    return _levels(_wide(prediction), center, bag, sizes, "squared", 1).mean()
+    return _levels(_checks.wide(prediction), center, bag, sizes, "squared", 1).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

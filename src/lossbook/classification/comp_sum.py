@@ -26,19 +26,6 @@ _NEAR_ONE = 1e-8  # within it the formulas for tau != 1 lose more digits than th
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """Scores in float32 or wider."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _labels(target: Tensor, rows: int, num_classes: int) -> Tensor:
-    if _checks.integer("target", target, 1).shape != (rows,):
-        raise ValueError(f"target must have shape ({rows},), one for each row of scores, got {tuple(target.shape)}")
-    if _checks.known_false((target >= 0) & (target < num_classes)):
-        raise ValueError(f"target must lie in [0, {num_classes}), got {target.min()} to {target.max()}")
-    return target
-
-
 def _scores(name: str, value: Tensor, ndim: int = 2) -> Tensor:
     _checks.floating(name, value, ndim)
     if value.shape[-1] < 2:
@@ -80,9 +67,9 @@ def comp_sum_loss(logits: Tensor, target: Tensor, *, tau: float = 1.0, reduction
         [9.0, 2.3026, 1.3675, 0.9]
     """
     _scores("logits", logits)
-    _labels(target, *logits.shape)
+    _checks.indices("target", target, logits.shape[1], len(logits))
     tau = _checks.number("tau", tau, 0)
-    cross_entropy = F.cross_entropy(_wide(logits), target, reduction="none")
+    cross_entropy = F.cross_entropy(_checks.wide(logits), target, reduction="none")
     return _checks.reduced(_of_log(cross_entropy, tau), reduction)
 
 
@@ -149,7 +136,7 @@ def conditional_risk(logits: Tensor, probabilities: Tensor, *, tau: float) -> Te
     """
     _distribution(probabilities)
     _checks.like("logits", logits, "probabilities", probabilities, 2)
-    cross_entropy = -torch.log_softmax(_wide(logits), dim=1)
+    cross_entropy = -torch.log_softmax(_checks.wide(logits), dim=1)
     cross_entropy = cross_entropy.masked_fill(probabilities == 0, 0)  # before expm1: 0 times inf has no gradient
     return (probabilities * _of_log(cross_entropy, _checks.number("tau", tau, 0))).sum(1)
 
@@ -424,9 +411,9 @@ def rho_margin_comp_sum(
         tensor(1.5000)
     """
     rows, _, n = _scores("score_sets", score_sets, 3).shape
-    _labels(target, rows, n)
+    _checks.indices("target", target, n, rows)
     rho = _checks.positive_number("rho", rho)
-    score_sets = _wide(score_sets)  # ranks are counted, and bfloat16 cannot count to 1000
+    score_sets = _checks.wide(score_sets)  # ranks are counted, and bfloat16 cannot count to 1000
     own = score_sets.gather(2, target[:, None, None].expand(-1, score_sets.shape[1], 1))
     margins = (1 - (own - score_sets) / rho).clamp(0, 1)
     worst = (margins.sum(2) - 1).clamp(min=0).amax(1)  # less the own class, whose margin is 1; phi increases
@@ -481,7 +468,7 @@ def smooth_adversarial_comp_sum_loss(
     """
     _checks.like("perturbed_logits", perturbed_logits, "logits", logits, 2)
     rho, nu = _checks.positive_number("rho", rho), _checks.positive_number("nu", nu)
-    logits, perturbed_logits = _wide(logits), _wide(perturbed_logits)
+    logits, perturbed_logits = _checks.wide(logits), _checks.wide(perturbed_logits)
     loss = comp_sum_loss(logits / rho, target, tau=tau, reduction="none")
     moved = torch.linalg.vector_norm(_movement(logits, perturbed_logits, target), dim=1)
     return _checks.reduced(loss + nu * moved, reduction)
@@ -563,7 +550,7 @@ def perturb(
         x = x.detach()
         with torch.no_grad():
             clean = _scores("the model's output", model(x))
-            _labels(target, len(x), clean.shape[1])
+            _checks.indices("target", target, clean.shape[1], len(x))
         current = best = project(start)
         most = clean.new_full((len(x),), -1)
         for step in range(steps + 1):

@@ -294,15 +294,9 @@ def signed_margins(logits: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f"logits must have shape (B,) or (B, K), got {tuple(logits.shape)}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = _checks.wide(logits)
     if logits.ndim == 2 and logits.shape[1] > 1 and target.ndim == 1:
-        classes = logits.shape[1]
-        if _checks.integer("target", target, 1).shape != logits.shape[:1]:
-            raise ValueError(
-                f"target must have shape ({len(logits)},), one class for each row, got {tuple(target.shape)}"
-            )
-        if _checks.known_false((target >= 0) & (target < classes)):
-            raise ValueError(f"target must lie in [0, {classes}), got {target.min()} to {target.max()}")
+        _checks.indices("target", target, logits.shape[1], len(logits))
         # Where values are not read, scatter still refuses a class that does not exist.
         positive = torch.zeros_like(logits, dtype=torch.bool).scatter(1, target[:, None], True)
         return torch.where(positive, wide, -wide)

@@ -38,14 +38,12 @@ def _scores(logits: Tensor) -> Tensor:
         raise ValueError(f"logits must have at least 2 columns, one for each class, got shape {tuple(logits.shape)}")
     for extreme in (logits.detach().amax(), logits.detach().amin()):
         _checks.finite("logits", extreme)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return _checks.wide(logits)
 
 
 def _shifted(scores: Tensor, target: Tensor, margin: float) -> Tensor:
     r"""The scores with :math:`c` taken off the label's: then :math:`v_k=s_k-s_y` (eq-ldr-shift)."""
-    _labels("target", target, scores.shape[1])
-    if len(target) != len(scores):
-        raise ValueError(f"target must have shape ({len(scores)},), one for each row, got {tuple(target.shape)}")
+    _checks.indices("target", target, scores.shape[1], len(scores))
     if not _checks.number("margin", margin, 0):
         return scores
     return scores.scatter_add(1, target[:, None], scores.new_full((len(target), 1), -margin))
@@ -56,13 +54,6 @@ def _spared(scores: Tensor, target: Tensor | None, margin: float) -> Tensor:
     if _checks.number("margin", margin, 0) and target is None:
         raise ValueError("target must be given with margin > 0: the margin spares the label's class")
     return scores.detach() if target is None else _shifted(scores.detach(), target, margin)
-
-
-def _labels(name: str, labels: Tensor, num_classes: int) -> Tensor:
-    """``labels``, if they are int64 of shape ``(N,)`` and none is known to lie outside of [0, num_classes)."""
-    if _checks.known_false((_checks.integer(name, labels, 1) >= 0) & (labels < num_classes)):
-        raise ValueError(f"{name} must lie in [0, {num_classes}), got {labels.min()} to {labels.max()}")
-    return labels
 
 
 def _temperature(lam: float | Tensor, rows: int) -> float | Tensor:
@@ -596,7 +587,7 @@ class ALDRKLLoss(nn.Module):
         Raises:
             TypeError, ValueError: for a wrong type, shape, class or index, naming the argument.
         """
-        _labels("index", index, len(self.temperature))
+        _checks.indices("index", index, len(self.temperature))
         scores = _normalized(_scores(logits), self.normalization)
         if len(index) != len(scores):
             raise ValueError(f"index must have shape ({len(scores)},), one for each row, got {tuple(index.shape)}")
@@ -648,7 +639,7 @@ def uniform_label_noise(
         >>> wrong.float().mean()
         tensor(0.4500)
     """
-    _labels("labels", labels, _checks.positive_int("num_classes", num_classes, minimum=2))
+    _checks.indices("labels", labels, _checks.positive_int("num_classes", num_classes, minimum=2))
     other = torch.randint(num_classes, labels.shape, generator=generator, device=labels.device)
     return _relabel(labels, rate, other, generator)
 
@@ -682,9 +673,9 @@ def class_dependent_label_noise(
         >>> class_dependent_label_noise(torch.tensor([0, 1, 2]), 1.0, 3)
         (tensor([1, 2, 0]), tensor([True, True, True]))
     """
-    _labels("labels", labels, _checks.positive_int("num_classes", num_classes, minimum=2))
+    _checks.indices("labels", labels, _checks.positive_int("num_classes", num_classes, minimum=2))
     if mapping is None:
         mapping = (torch.arange(num_classes, device=labels.device) + 1) % num_classes
-    if len(_labels("mapping", mapping, num_classes)) != num_classes:
+    if len(_checks.indices("mapping", mapping, num_classes)) != num_classes:
         raise ValueError(f"mapping must have shape ({num_classes},), one for each class, got {tuple(mapping.shape)}")
     return _relabel(labels, rate, mapping[labels], generator)

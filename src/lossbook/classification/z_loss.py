@@ -31,18 +31,8 @@ def _classified(logits: Tensor, target: Tensor) -> Tensor:
     _checks.floating("logits", logits, 2)
     if logits.shape[1] < 2:
         raise ValueError(f"logits must have at least 2 columns, one for each class, got shape {tuple(logits.shape)}")
-    _targets(target, len(logits), logits.shape[1], "logits")
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _targets(target: Tensor, rows: int, num_classes: int, other: str) -> None:
-    _checks.integer("target", target, 1)
-    if len(target) != rows:
-        raise ValueError(
-            f"target must have shape ({rows},), one class for each row of {other}, got {tuple(target.shape)}"
-        )
-    if _checks.known_false((target >= 0) & (target < num_classes)):
-        raise ValueError(f"target must lie in [0, {num_classes}), got values from {target.min()} to {target.max()}")
+    _checks.indices("target", target, logits.shape[1], len(logits))
+    return _checks.wide(logits)
 
 
 def _vectors(total: Tensor, total_sq: Tensor, target_logit: Tensor, num_classes: int) -> int:
@@ -475,7 +465,7 @@ class SphericalOutput(nn.Module):
             :meth:`step`; a second call replaces it.
         """
         h = self._checked(hidden)
-        _targets(target, len(h), self.num_classes, "hidden")
+        _checks.indices("target", target, self.num_classes, len(h))
         if target.device.type != "cpu" and not bool(((target >= 0) & (target < self.num_classes)).all()):
             raise ValueError(f"target must lie in [0, {self.num_classes})")  # a negative index would take another row
         with torch.no_grad(), torch.autocast(h.device.type, enabled=False):

@@ -297,7 +297,7 @@ def group_log_probabilities(
     if not isinstance(network, str) or network not in _NETWORKS:
         raise ValueError(f"network must be one of {tuple(_NETWORKS)}, got {network!r}")
     layers = _NETWORKS[network](n)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = _checks.wide(x)
     _, differences = _run(x, layers, steepness, distribution)
     is_negative = torch.arange(n, device=x.device) < num_negatives
     # log 0 as a number whose differences are finite; every input reaches every rank, so that none of it is left at the end.
@@ -460,7 +460,7 @@ def groco_multi_view_loss(
 
 def _unit_rows(x: Tensor) -> Tensor:
     """Rows of length one, in float32 or wider."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    return F.normalize(_checks.wide(x), dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -257,7 +257,7 @@ def two_level_temperature(fraction: float, gap: float, rho: float) -> float:
 
 def _unit_rows(x: Tensor) -> Tensor:
     """Rows of length one, in float32 or wider: 1/tau amplifies what half precision rounds away."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+    return F.normalize(_checks.wide(x), dim=1)
 
 
 def _same_sample(index: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,10 +325,7 @@ class _IndividualTemperatures(nn.Module):
         """The objective at the running means, with the gradient of the estimator; in training the state moves."""
         _checks.floating(names[0], first, 2)
         _checks.like(names[1], second, names[0], first, 2)
-        if len(_checks.integer("index", index, 1)) != len(first):
-            raise ValueError(f"index must name {len(first)} samples, one for each row, got {len(index)}")
-        if _checks.known_false((index >= 0) & (index < self.num_samples)):
-            raise ValueError(f"index must lie in [0, {self.num_samples}), got {index.min()} to {index.max()}")
+        _checks.indices("index", index, self.num_samples, len(first))
         for name, x in zip(names, (first, second), strict=True):
             _checks.finite(name, x)  # NaN would stay in the state
         rows = [_unit_rows(first), _unit_rows(second)]

@@ -154,14 +154,9 @@ def _embedding(embedding: Tensor) -> Tensor:
     return embedding
 
 
-def _wide(x: Tensor) -> Tensor:
-    """``x`` in float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _unit_rows(x: Tensor) -> Tensor:
     """Rows of length one at any scale, in float32 or wider; a zero row stays zero, with a zero gradient."""
-    x = _wide(x)
+    x = _checks.wide(x)
     scale = x.detach().abs().amax(1, keepdim=True)
     return F.normalize(x / torch.where(scale > 0, scale, torch.inf), dim=1)
 
@@ -228,7 +223,7 @@ def meta_nodes(embedding: Tensor, assignment: Tensor, num_clusters: int) -> Tens
     _checks.finite("embedding", _checks.floating("embedding", embedding, 2))
     assignment = _assignment(assignment, len(embedding), num_clusters)
     with torch.autocast(embedding.device.type, enabled=False):
-        return _sum_by(assignment, num_clusters, _wide(embedding))
+        return _sum_by(assignment, num_clusters, _checks.wide(embedding))
 
 
 def _log_partitions(
@@ -729,7 +724,9 @@ def soft_assignment(embedding: Tensor, centers: Tensor, *, dof: float = 1.0) -> 
         )
     dof = _checks.positive_number("dof", dof)
     with torch.autocast(embedding.device.type, enabled=False):
-        distance = torch.cdist(_wide(embedding), _wide(centers), compute_mode="donot_use_mm_for_euclid_dist")
+        distance = torch.cdist(
+            _checks.wide(embedding), _checks.wide(centers), compute_mode="donot_use_mm_for_euclid_dist"
+        )
         return torch.softmax(-(dof + 1) / 2 * torch.log1p(distance**2 / dof), dim=1)
 
 

@@ -145,7 +145,7 @@ def _points(name: str, value: Tensor, like: tuple[str, Tensor] | None = None) ->
     _checks.floating(name, value, 2)
     if like is not None and value.shape[1] != like[1].shape[1]:
         raise ValueError(f"{name} must have {like[1].shape[1]} columns like {like[0]}, got shape {tuple(value.shape)}")
-    value = _checks.finite(name, value).to(torch.promote_types(value.dtype, torch.float32))
+    value = _checks.wide(_checks.finite(name, value))
     if like is not None and value.dtype != like[1].dtype:
         raise TypeError(f"{name} must have the dtype of {like[0]}, {like[1].dtype}, got {value.dtype}")
     largest = math.sqrt(torch.finfo(value.dtype).max / value.shape[1]) / 2

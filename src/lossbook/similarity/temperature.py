@@ -206,7 +206,7 @@ def nt_xent_loss(
 
 def _unit_rows(x: Tensor) -> Tensor:
     """Rows of length one, in float32 or wider: 1/tau amplifies what half precision rounds away."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+    return F.normalize(_checks.wide(x), dim=1)
 
 
 def pair_similarities(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -858,7 +858,7 @@ class MemoryBank(nn.Module):
             TypeError, ValueError: for a wrong number or index, naming the argument.
         """
         _checks.positive_int("num_negatives", num_negatives)
-        self._check_index("exclude", exclude)
+        _checks.indices("exclude", exclude, len(self.bank))
         size = (len(exclude), num_negatives)
         drawn = torch.randint(len(self.bank) - 1, size, generator=generator, device=self.bank.device)
         return drawn + (drawn >= exclude[:, None])  # skip the excluded index
@@ -874,7 +874,7 @@ class MemoryBank(nn.Module):
         Raises:
             TypeError, ValueError: for a wrong shape or index, naming the argument.
         """
-        self._check_index("index", index)
+        _checks.indices("index", index, len(self.bank))
         _checks.floating("embedding", embedding, 2)
         if embedding.shape != (len(index), self.bank.shape[1]):
             raise ValueError(
@@ -884,8 +884,3 @@ class MemoryBank(nn.Module):
             raise ValueError("index must not name a sample twice: which of its embeddings should be kept?")
         mixed = self.momentum * self.bank[index] + (1 - self.momentum) * embedding.to(self.bank.dtype)
         self.bank[index] = F.normalize(mixed, dim=1)
-
-    def _check_index(self, name: str, index: Tensor) -> None:
-        _checks.integer(name, index, 1)
-        if _checks.known_false((index >= 0) & (index < len(self.bank))):
-            raise ValueError(f"{name} must lie in [0, {len(self.bank)}), got {index.min()} to {index.max()}")
