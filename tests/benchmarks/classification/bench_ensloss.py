@@ -16,7 +16,7 @@ def _step(loss, logits, target):
 def _sorted_slopes(logits, target, draws):
     """The gradient of the method, written out in torch: sort, clip, divide, put back."""
     margins = torch.where(target == 1, logits, -logits).detach().flatten()
-    slopes, order = (-draws.exp()).clamp(min=-1).sort().values, margins.argsort()
+    slopes, order = (-draws.flatten().exp()).clamp(min=-1).sort().values, margins.argsort()
     slopes = slopes / margins[order].clamp(min=1) - 1e-6
     return torch.empty_like(slopes).index_put_((order,), slopes).view_as(logits) * (2 * target - 1)
 
