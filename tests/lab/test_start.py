@@ -2,6 +2,7 @@ import dataclasses
 import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import plotly.graph_objects as go
@@ -14,6 +15,7 @@ from lossbook.lab._start import current_run
 
 LIGHT = """
 import sys
+import time
 import lossbook
 assert "lossbook.lab" not in sys.modules and "torch" not in sys.modules, "import lossbook loads too much"
 import lossbook.lab
@@ -135,3 +137,13 @@ def test_colab_draws_with_its_own_renderer(monkeypatch, cpu_only):
     monkeypatch.setitem(sys.modules, "google.colab", object())
     lab.start()
     assert pio.renderers.default == "colab"
+
+
+def test_the_clock_of_a_cpu_counts_what_this_process_computes(cpu_only):
+    run = lab.start()
+    start = run.clock()
+    time.sleep(0.2)
+    asleep, start = run.clock() - start, run.clock()
+    sum(range(10**7))
+    assert 0 <= asleep < 0.1
+    assert run.clock() - start > 0.01

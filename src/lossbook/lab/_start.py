@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,15 @@ class Run:
     def device_name(self) -> str:
         """The GPU's own name, or the device type (``"cpu"``)."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def clock(self) -> float:
+        """Seconds, for differences: on a CPU those that this process has computed, so that other programs do not count; else those on the wall,
+        once the device has done what it was given."""
+        if self.device.type == "cpu":
+            return time.process_time()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 _current: Run | None = None
