@@ -588,6 +588,23 @@ def test_estimates_of_noise_and_signal_are_unbiased():
         assert z.abs().max() < 3
 
 
+@pytest.mark.parametrize("intercept", [False, True])
+def test_estimates_equal_weighted_least_squares(intercept):
+    """Bags of different sizes: weights k_a, the intercept a column of ones."""
+    X, response, bag = regression(12, bags=15, size=3, d=4, equal=False)
+    inside = members(bag)
+    root = np.sqrt([len(rows) for rows in inside])
+    columns = np.stack([X[rows].mean(0).numpy() for rows in inside])
+    if intercept:
+        columns = np.column_stack([columns, np.ones(15)])
+    rows, target = root[:, None] * columns, root * response.numpy()
+    theta, squares, *_ = np.linalg.lstsq(rows, target, rcond=None)
+    noise = squares.item() / (15 - columns.shape[1])
+    spread = np.linalg.inv(rows.T @ rows)[:4, :4].trace()
+    ours = A.noise_and_signal(X, response, bag, fit_intercept=intercept)
+    assert ours == pytest.approx((noise, (theta[:4] ** 2).sum() - noise * spread), rel=1e-9)
+
+
 def test_plug_in_is_best_rho_at_the_estimates():
     X, response, bag = regression(9, bags=30, size=2, d=5)
     noise, signal = A.noise_and_signal(X, response, bag)
