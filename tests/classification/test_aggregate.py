@@ -344,6 +344,15 @@ def test_least_norm_where_the_fit_is_not_unique():
     assert flat.coef_.tolist() == [0, 0] and flat.intercept_.item() == 1.5
 
 
+def test_nearly_equal_features_are_still_told_apart():
+    X, _, bag = regression(11, bags=20, size=2, d=3)
+    X[:, 1] = X[:, 0] + 1e-6 * X[:, 1]
+    theta = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    for rho in (0.0, 1e-12):
+        ours = A.InterpolatedLeastSquares(rho).fit(X, A.bag_mean(X @ theta, bag), bag).coef_
+        torch.testing.assert_close(ours, theta, rtol=0, atol=1e-4)
+
+
 @few
 @given(seeds, st.floats(0.05, 2))
 def test_conditional_risk_is_the_risk_of_the_fit(seed, rho):
@@ -461,6 +470,18 @@ def test_finite_samples_approach_the_limit(psi, k, rho, bias2, variance):
     torch.testing.assert_close(found, limit, rtol=0.02, atol=0)
 
 
+def test_signs_as_features_come_near_the_limit():
+    d, found = 200, []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        X = 2.0 * torch.randint(2, (3 * d, d), generator=generator).double() - 1
+        found.append(
+            torch.stack(A.conditional_risk(X, torch.arange(3 * d // 2).repeat_interleave(2), 0.2, noise_variance=0.5))
+        )
+    limit = torch.stack(A.asymptotic_risk(3, 2, 0.2, noise_variance=0.5))
+    torch.testing.assert_close(torch.stack(found).mean(0), limit, rtol=0.02, atol=0)
+
+
 @few
 @given(st.floats(1.5, 20), st.floats(1.1, 6), st.floats(0.2, 3))
 def test_a_little_spread_penalty_always_helps(psi_over_k, k, noise):
@@ -567,6 +588,23 @@ def test_estimates_of_noise_and_signal_are_unbiased():
         assert z.abs().max() < 3
 
 
+@pytest.mark.parametrize("intercept", [False, True])
+def test_estimates_equal_weighted_least_squares(intercept):
+    """Bags of different sizes: weights k_a, the intercept a column of ones."""
+    X, response, bag = regression(12, bags=15, size=3, d=4, equal=False)
+    inside = members(bag)
+    root = np.sqrt([len(rows) for rows in inside])
+    columns = np.stack([X[rows].mean(0).numpy() for rows in inside])
+    if intercept:
+        columns = np.column_stack([columns, np.ones(15)])
+    rows, target = root[:, None] * columns, root * response.numpy()
+    theta, squares, *_ = np.linalg.lstsq(rows, target, rcond=None)
+    noise = squares.item() / (15 - columns.shape[1])
+    spread = np.linalg.inv(rows.T @ rows)[:4, :4].trace()
+    ours = A.noise_and_signal(X, response, bag, fit_intercept=intercept)
+    assert ours == pytest.approx((noise, (theta[:4] ** 2).sum() - noise * spread), rel=1e-9)
+
+
 def test_plug_in_is_best_rho_at_the_estimates():
     X, response, bag = regression(9, bags=30, size=2, d=5)
     noise, signal = A.noise_and_signal(X, response, bag)
@@ -575,8 +613,16 @@ def test_plug_in_is_best_rho_at_the_estimates():
     # no signal at all: the floor keeps the search defined, and the weight goes to its end
     generator = torch.Generator().manual_seed(3)
     pure = A.bag_mean(torch.randn(60, generator=generator, dtype=torch.float64), bag)
-    if A.noise_and_signal(X, pure, bag)[1] <= 0:
-        assert A.plug_in_rho(X, pure, bag, upper=5.0) == pytest.approx(5.0)
+    assert A.noise_and_signal(X, pure, bag)[1] <= 0
+    assert A.plug_in_rho(X, pure, bag, upper=5.0) == pytest.approx(5.0)
+
+
+def test_plug_in_with_an_intercept_does_not_see_a_constant():
+    X, response, bag = regression(9, bags=30, size=2, d=5)
+    noise, signal = A.noise_and_signal(X, response, bag, fit_intercept=True)
+    expected = A.best_rho(12, 2, noise_variance=noise, signal=signal).item()
+    assert A.plug_in_rho(X, response + 50, bag, fit_intercept=True) == pytest.approx(expected, rel=1e-4)
+    assert A.plug_in_rho(X, response + 50, bag) != pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize("intercept", [False, True])
@@ -656,6 +702,30 @@ def test_noise_has_the_laplace_distribution():
     assert abs(np.corrcoef(noise[:-1], noise[1:])[0, 1]) < 4 / math.sqrt(bags)
 
 
+def test_release_of_bags_of_different_sizes():
+    """Every bag has the noise of its own size, and both ends of the range are clipped."""
+    from scipy import stats
+
+    bags, sizes = 8000, (1, 4, 9)
+    bag = torch.arange(3 * bags).repeat_interleave(torch.tensor(sizes).repeat(bags))
+    y = torch.full((len(bag),), -50.0, dtype=torch.float64)
+    y[torch.arange(len(bag)) % 14 == 0] = 50.0  # the bags of one
+    released = A.private_bag_response(y, bag, clip=1.5, epsilon=0.6, generator=torch.Generator().manual_seed(0))
+    for k, noise in zip(sizes, (released.reshape(-1, 3) - torch.tensor([1.5, -1.5, -1.5])).T, strict=True):
+        assert stats.kstest(noise.numpy(), stats.laplace(scale=2 * 1.5 / (k * 0.6)).cdf).pvalue > 0.01
+
+
+def test_the_grand_mean_gains_from_larger_bags():
+    n, releases, clip, epsilon = 48, 4000, 1.0, 0.9
+    for k in (1, 4, 12):
+        bag = torch.arange(releases * n // k).repeat_interleave(k)
+        released = A.private_bag_response(
+            torch.zeros(releases * n), bag, clip=clip, epsilon=epsilon, generator=torch.Generator().manual_seed(k)
+        )
+        variance = released.reshape(releases, -1).mean(1).var().item()
+        assert variance == pytest.approx(8 * clip**2 / (n * k * epsilon**2), rel=0.1)
+
+
 def test_histograms_of_neighbors_differ_by_at_most_epsilon():
     epsilon, draws = 0.7, 200_000
     bag = torch.arange(draws).repeat_interleave(2)
@@ -701,6 +771,30 @@ def test_best_bag_size(epsilon, upper, best, row):
     assert found.risk == found.risks.min().item()
 
 
+def test_best_bag_size_takes_the_signal():
+    setting = dict(noise_variance=0.4, clip=1.5, epsilon=0.8)
+    found = A.best_bag_size(6, [2, 4, 7], signal=2.5, **setting)
+    for k, ours in zip((2, 4, 7), found.risks.tolist(), strict=True):
+        noise = 0.4 + 8 * 1.5**2 / (k * 0.8**2)
+        rho = torch.logspace(-5, 1, 4001, dtype=torch.float64)
+        risk = torch.stack(A.asymptotic_risk(6, k, rho, noise_variance=noise, signal=2.5)).sum(0)
+        assert ours == pytest.approx(risk.min().item(), rel=1e-5)
+    assert found.risk == min(found.risks.tolist())
+    assert found.bag_size == (2, 4, 7)[found.risks.argmin()]
+
+
+def test_numbers_follow_the_device_of_tensors():
+    """The meta device stands for an accelerator: numbers beside its tensors must not stay behind."""
+    two = torch.full((2,), 2.0, device="meta")
+    for value in (
+        *A.asymptotic_risk(5, two, 0.1, noise_variance=1.0),
+        A.best_rho(5, 2, noise_variance=two),
+        A.ridge_risk(5, two, noise_variance=1.0, signal=2.0),
+        A.private_noise_variance(0.5, two, clip=1.0, epsilon=1.0),
+    ):
+        assert value.device.type == "meta" and value.shape == (2,)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 V, Y = torch.zeros(4), torch.zeros(2)
@@ -717,6 +811,9 @@ X4 = torch.eye(4)[:, :2]
         (lambda: A.bag_mean(V, BAG - 1), "bag must lie"),
         (lambda: A.bag_mean(V, BAG, 1), "bag must lie"),
         (lambda: A.bag_mean(V, BAG[:3]), "bag"),
+        (lambda: A.bag_mean(V, BAG[0]), "bag must have 1 dim"),
+        (lambda: A.bag_mean(V, torch.full((4,), -1)), "bag must lie"),
+        (lambda: A.bag_mean(V, BAG[:0]), "bag must have shape"),
         (lambda: A.bag_mean(torch.zeros(0), BAG[:0]), "values"),
         (lambda: A.bag_loss(V, torch.zeros(3), BAG), "bag"),
         (lambda: A.bag_loss(V, Y, BAG, loss="hinge"), "loss"),
@@ -746,6 +843,7 @@ X4 = torch.eye(4)[:, :2]
         (lambda: A.asymptotic_risk(2, 0.5, 0.1, noise_variance=1.0), "bag_size"),
         (lambda: A.asymptotic_risk(2, 2, 0.0, noise_variance=1.0), "rho"),
         (lambda: A.asymptotic_risk(2, 2, torch.tensor([0.1, -1]), noise_variance=1.0), "rho"),
+        (lambda: A.asymptotic_risk(torch.full((3,), 5.0), torch.ones(2), 0.1, noise_variance=1.0), r"psi \(3,\), bag_size \(2,\)"),
         (lambda: A.asymptotic_risk(2, 2, 0.1, noise_variance=math.inf), "noise_variance"),
         (lambda: A.asymptotic_risk(2, 2, 0.1, noise_variance=1.0, signal=-1), "signal"),
         (lambda: A.best_rho(5, 2, noise_variance=1.0, upper=0), "upper"),
@@ -782,6 +880,8 @@ def test_bad_values_name_the_argument(call, name):
     [
         (lambda: A.bag_mean([0.0], BAG), "values"),
         (lambda: A.bag_mean(V, [0, 0, 1, 1]), "bag"),
+        (lambda: A.bag_mean(V, 5), "bag must be a tensor"),
+        (lambda: A.spread(V, None), "bag must be a tensor"),
         (lambda: A.bag_loss(V.long(), Y, BAG), "prediction"),
         (lambda: A.bag_loss(V, [0.0, 0.0], BAG), "bag_response"),
         (lambda: A.bag_loss(V, Y, BAG.int()), "bag"),
@@ -794,6 +894,8 @@ def test_bad_values_name_the_argument(call, name):
         (lambda: A.bag_validation_errors(X4, Y, BAG, torch.ones(2), folds=2.0), "folds"),
         (lambda: A.privacy_loss(V, V.double(), BAG, clip=1.0, epsilon=1.0), "neighbor"),
         (lambda: A.best_bag_size(10, [1.5], noise_variance=1.0, clip=1.0, epsilon=1.0), "bag_sizes"),
+        (lambda: A.best_bag_size(10, 5, noise_variance=1.0, clip=1.0, epsilon=1.0), "bag_sizes"),
+        (lambda: A.best_bag_size(torch.tensor([10.0, 11.0]), [1, 2], noise_variance=1.0, clip=1.0, epsilon=1.0), "psi"),
     ],
 )
 def test_bad_types_name_the_argument(call, name):

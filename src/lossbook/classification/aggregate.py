@@ -11,6 +11,7 @@ Notation: ``bag`` (B,) says which of the :math:`m` bags each instance is in; bag
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,12 @@ LOSSES = ("squared", "bce_with_logits", "cross_entropy")
 # ---------------------------------------------------------------------------------------------------------------------
 # Bags
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _count(bag: Tensor) -> int:
+    """How many bags there are if every index has a member."""
+    _checks.integer("bag", bag, 1)
+    return max(int(bag.max()) + 1, 1) if len(bag) else 1
 
 
 def _bag_sizes(bag: Tensor, rows: int, num_bags: int) -> Tensor:
@@ -88,9 +95,8 @@ def bag_mean(values: Tensor, bag: Tensor, num_bags: int | None = None) -> Tensor
         tensor([1., 1.])
     """
     _one_or_two_dims("values", values)
-    if num_bags is None:
-        num_bags = int(_checks.integer("bag", bag, 1).max()) + 1 if len(bag) else 1
-    sizes = _bag_sizes(bag, len(values), _checks.positive_int("num_bags", num_bags))
+    num_bags = _count(bag) if num_bags is None else _checks.positive_int("num_bags", num_bags)
+    sizes = _bag_sizes(bag, len(values), num_bags)
     return _mean(_checks.wide(values), bag, sizes)
 
 
@@ -298,7 +304,7 @@ def _linear_data(X: Tensor, bag: Tensor, response: Tensor | None = None) -> tupl
     _checks.finite("X", _checks.floating("X", X, 2))
     _checks.integer("bag", bag, 1)
     if response is None:
-        num_bags = int(bag.max()) + 1 if len(bag) else 1
+        num_bags = _count(bag)
     else:
         response = torch.as_tensor(response) if isinstance(response, np.ndarray) else response
         response = _checks.finite("bag_response", _checks.floating("bag_response", response, 1)).double()
@@ -510,6 +516,18 @@ def _grid(name: str, value: float | Tensor, low: float, strict: bool = False) ->
     return value
 
 
+def _grids(**given: tuple[float | Tensor, float] | tuple[float | Tensor, float, bool]) -> tuple[Tensor, ...]:
+    """Arguments ``name=(value, low[, strict])`` after :func:`_grid`, broadcast; numbers go to the device of the tensors."""
+    values = [_grid(name, *rest) for name, rest in given.items()]
+    device = next((v.device for v in values if v.device.type != "cpu"), values[0].device)
+    values = [v if v.ndim else v.to(device) for v in values]
+    try:
+        return torch.broadcast_tensors(*values)
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(v.shape)}" for name, v in zip(given, values, strict=True))
+        raise ValueError(f"the arguments must have shapes that broadcast, got {shapes}") from None
+
+
 def asymptotic_risk(
     psi: float | Tensor,
     bag_size: float | Tensor,
@@ -544,10 +562,8 @@ def asymptotic_risk(
         >>> round((bias2 + variance).item(), 5)
         0.48155
     """
-    psi, k = _grid("psi", psi, 1, strict=True), _grid("bag_size", bag_size, 1)
-    rho, noise_variance = _grid("rho", rho, 0), _grid("noise_variance", noise_variance, 0)
-    psi, k, rho, noise_variance, signal = torch.broadcast_tensors(
-        psi, k, rho, noise_variance, _grid("signal", signal, 0)
+    psi, k, rho, noise_variance, signal = _grids(
+        psi=(psi, 1, True), bag_size=(bag_size, 1), rho=(rho, 0), noise_variance=(noise_variance, 0), signal=(signal, 0)
     )
     if _checks.known_false((rho > 0) | (psi > k)):
         raise ValueError(
@@ -599,9 +615,9 @@ def best_rho(
         0.4
     """
     upper = _checks.number("upper", upper, 1e-6)
-    psi, k = _grid("psi", psi, 1, strict=True), _grid("bag_size", bag_size, 1)
-    noise_variance, signal = _grid("noise_variance", noise_variance, 0), _grid("signal", signal, 0)
-    psi, k, noise_variance, signal = torch.broadcast_tensors(psi, k, noise_variance, signal)
+    psi, k, noise_variance, signal = _grids(
+        psi=(psi, 1, True), bag_size=(bag_size, 1), noise_variance=(noise_variance, 0), signal=(signal, 0)
+    )
 
     def risk(log_rho: Tensor) -> Tensor:
         return torch.stack(asymptotic_risk(psi, k, log_rho.exp(), noise_variance=noise_variance, signal=signal)).sum(0)
@@ -622,7 +638,7 @@ def ridge_risk(
     r"""Limit of the risk of the bag-level fit with the best ridge, the yardstick for every other penalty (eq-aggregate-ridge).
 
     The positive root :math:`u` of :math:`\frac{au}{\sigma^2+u}+\frac u{r^2}=1`, :math:`a=\psi/k`. No estimator that is linear in the bag means does better on
-    average over the directions of :math:`\theta_0`.
+    average over the directions of :math:`\theta_0`. Without noise, or without signal, the limit of that root.
 
     Args:
         psi: :math:`\psi>0`, samples per feature.
@@ -644,8 +660,9 @@ def ridge_risk(
         >>> round(ridge_risk(5, 2, noise_variance=1.0).item(), 4)
         0.3508
     """
-    psi, k = _grid("psi", psi, 0, strict=True), _grid("bag_size", bag_size, 1)
-    noise_variance, signal = _grid("noise_variance", noise_variance, 0), _grid("signal", signal, 0)
+    psi, k, noise_variance, signal = _grids(
+        psi=(psi, 0, True), bag_size=(bag_size, 1), noise_variance=(noise_variance, 0), signal=(signal, 0)
+    )
     # u^2 + linear u = constant
     linear, constant = (psi / k - 1) * signal + noise_variance, signal * noise_variance
     root = (linear.square() + 4 * constant).sqrt() + linear.abs()
@@ -896,7 +913,8 @@ def private_noise_variance(
 ) -> Tensor:
     r"""Noise variance of one response that private bag means behave like: :math:`\sigma^2+\frac{8C^2}{k\varepsilon^2}` (eq-aggregate-private-variance).
 
-    Exact where nothing is clipped. Goes into :func:`asymptotic_risk` as its ``noise_variance``.
+    Exact where nothing is clipped, for the coefficients of centered features. An intercept gets the privacy noise
+    :math:`\frac{8C^2}{nk\varepsilon^2}`, which falls in :math:`k` (eq-aggregate-grand-mean). Goes into :func:`asymptotic_risk` as its ``noise_variance``.
 
     Args:
         noise_variance: :math:`\sigma^2\ge0` of one response.
@@ -916,9 +934,9 @@ def private_noise_variance(
         >>> private_noise_variance(0.25, 2, clip=2.0, epsilon=4.0)
         tensor(1.2500, dtype=torch.float64)
     """
-    k = _grid("bag_size", bag_size, 1)
+    noise_variance, k = _grids(noise_variance=(noise_variance, 0), bag_size=(bag_size, 1))
     # k times the variance 2 scale^2 of the noise on a mean
-    return _grid("noise_variance", noise_variance, 0) + 2 * k * laplace_scale(k, clip, epsilon).square()
+    return noise_variance + 2 * k * laplace_scale(k, clip, epsilon).square()
 
 
 class BestBagSize(NamedTuple):
@@ -972,9 +990,15 @@ def best_bag_size(
         >>> best_bag_size(10, range(1, 6), noise_variance=0.25, clip=2.0, epsilon=3.0, upper=1.0).bag_size
         2
     """
+    if not isinstance(bag_sizes, Iterable):
+        raise TypeError(f"bag_sizes must be a range or a list of integers, got {type(bag_sizes).__name__}")
     sizes = [_checks.positive_int("bag_sizes", k) for k in bag_sizes]
     if not sizes:
         raise ValueError("bag_sizes must have at least one candidate")
+    psi, noise_variance, signal = (  # one setting: a tensor would be paired with the sizes
+        _checks.number(name, value)
+        for name, value in (("psi", psi), ("noise_variance", noise_variance), ("signal", signal))
+    )
     k = torch.tensor(sizes, dtype=torch.float64)
     noise = private_noise_variance(noise_variance, k, clip, epsilon)
     rho = best_rho(psi, k, noise_variance=noise, signal=signal, upper=upper)
