@@ -239,6 +239,9 @@ def score_error_constant(min_variance: float, min_prior: float) -> float:
         min_variance: :math:`\rho_0`, at most the least pooled variance of a feature in [0, 1], in (0, 1/4].
         min_prior: :math:`p_0`, in (0, 1/2].
 
+    Returns:
+        c, above 100.
+
     Raises:
         TypeError, ValueError: for a wrong number, naming the argument.
 
@@ -263,6 +266,9 @@ def naive_bayes_sample_size(
         tau: gap per feature, > 0.
         delta, num_features, num_classes, min_prior: as in :func:`parameter_sample_size`.
         min_variance: as in :func:`score_error_constant`.
+
+    Returns:
+        Samples, at least 1.
 
     Raises:
         TypeError, ValueError: for a wrong number, naming the argument.
@@ -294,6 +300,8 @@ def discriminant_gap(scores: Tensor, *, num_features: int) -> Tensor:
     Raises:
         TypeError, ValueError: for a wrong type or shape, naming the argument.
 
+    Source: Zheng et al., the assumption of the theorem on naive Bayes.
+
     Example:
         >>> discriminant_gap(torch.tensor([[1.0, 5.0, 3.0]]), num_features=4)
         tensor([0.5000])
@@ -317,6 +325,8 @@ def gap_probability(scores: Tensor, tau: float | Tensor, *, num_features: int) -
 
     Raises:
         TypeError, ValueError: for a wrong type or shape, naming the argument.
+
+    Source: Zheng et al., the assumption of the theorem on naive Bayes.
 
     Example:
         >>> gap_probability(torch.tensor([[1.0, 5.0], [0.0, 1.0]]), 0.5, num_features=4)
@@ -386,6 +396,9 @@ def logistic_excess_bound(
         bias_bound: :math:`\Lambda`, at least 0.
         loss_bound: B, a bound of the loss; None for :math:`\log K+2(W\sqrt n+\Lambda)`.
 
+    Returns:
+        The bound, at least 0, in nats.
+
     Raises:
         TypeError, ValueError: for a wrong number, naming the argument.
 
@@ -425,6 +438,9 @@ def margin_error_bound(
         miss: q, the probability that the limit of naive Bayes has a margin of at most tau per feature, in [0, 1].
         num_classes, delta: as in :func:`logistic_excess_bound`.
         min_variance, min_prior: as in :func:`score_error_constant`.
+
+    Returns:
+        The bound, at least 0; above 1 it says nothing.
 
     Raises:
         TypeError, ValueError: for a wrong number, naming the argument.
@@ -519,6 +535,9 @@ def box_blind_regret(score_bound: float, num_classes: int) -> float:
     Args:
         score_bound: B > 0.
         num_classes: K, at least 2.
+
+    Returns:
+        A regret in [0, 1).
 
     Raises:
         TypeError, ValueError: for a wrong number, naming the argument.
@@ -662,6 +681,8 @@ def diagonal_rule(means: Tensor, variances: Tensor, prior: Tensor | None = None)
     Raises:
         TypeError, ValueError: for a wrong type, shape or value, naming the argument.
 
+    Source: Zheng et al., the generative classifier.
+
     Example:
         >>> diagonal_rule(torch.tensor([[2.0], [5.0]]), torch.tensor([5 / 3]))
         (tensor([[1.2000],
@@ -697,6 +718,8 @@ def linear_rule_error(weight: Tensor, bias: Tensor, means: Tensor, covariance: T
 
     Complexity: O(n^2) time.
 
+    Source: derived in the chapter.
+
     Example:
         >>> means, covariance = mixture_parameters(20, 2)
         >>> round(linear_rule_error(*diagonal_rule(means, covariance.diagonal()), means, covariance).item(), 6)
@@ -721,6 +744,9 @@ def sample_complexity(sizes: Sequence[int], errors: Sequence[float], target: flo
         sizes: increasing numbers of samples.
         errors: the error at each of them.
         target: strictly below it counts.
+
+    Returns:
+        One of ``sizes`` as a float, or ``inf``.
 
     Raises:
         TypeError, ValueError: for sequences of different length, sizes that do not increase, or a wrong number, naming the argument.
