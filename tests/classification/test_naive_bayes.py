@@ -724,3 +724,26 @@ def test_not_ready():
         spoiled.fit(X0 * 0, Y0)
     with pytest.raises(RuntimeError, match="fit"):
         spoiled.predict(X0)
+
+
+def test_a_rule_turned_round_errs_where_the_other_does_not():
+    means, covariance = N.mixture_parameters(20, 2, mode="hard")
+    weight, bias = N.diagonal_rule(means, covariance.diagonal())
+    error = N.linear_rule_error(weight, bias, means, covariance).item()
+    assert 0 < error < 0.5
+    assert N.linear_rule_error(weight.flip(0), bias.flip(0), means, covariance).item() == pytest.approx(1 - error)
+
+
+def test_scores_keep_their_digits_far_from_the_origin():
+    X, y = table(6, m=200)
+    near, far = N.GaussianNaiveBayes().fit(X, y), N.GaussianNaiveBayes().fit(X + 1e8, y)
+    torch.testing.assert_close(far.predict_log_proba(X + 1e8), near.predict_log_proba(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("score_bound", [0.5, 1.0, 2.0])
+def test_the_transform_has_one_slope_at_the_knee_and_the_exact_bound_none(score_bound):
+    beta = torch.tensor([math.tanh(score_bound), 0.2, 0.99], dtype=torch.float64, requires_grad=True)
+    N.logistic_transform(beta, score_bound=score_bound).sum().backward()
+    torch.testing.assert_close(beta.grad, torch.atanh(beta.detach()).clamp(max=score_bound))
+    for bound in (score_bound, math.inf):
+        assert not N.logistic_bound(beta, score_bound=bound).requires_grad

@@ -489,7 +489,7 @@ def logistic_transform(beta: Tensor, *, score_bound: float = math.inf) -> Tensor
     if _checks.known_false((_checks.floating("beta", beta) >= 0) & (beta <= 1)):
         raise ValueError(f"beta must lie in [0, 1], got {beta.min()} to {beta.max()}")
     curve = comp_sum.consistency_transform(beta.clamp(max=knee), tau=1, num_classes=2)
-    return curve + score_bound * (beta - knee).clamp(min=0)
+    return torch.where(beta > knee, curve + score_bound * (beta - knee), curve)
 
 
 def logistic_bound(excess: Tensor, *, score_bound: float = math.inf, form: str = "exact") -> Tensor:
@@ -502,7 +502,7 @@ def logistic_bound(excess: Tensor, *, score_bound: float = math.inf, form: str =
             :math:`\max\{\sqrt{2t},2t/\tanh B\}` with a finite B, not clipped.
 
     Returns:
-        The shape and dtype of ``excess``.
+        The shape and dtype of ``excess``; the exact form carries no gradient.
 
     Raises:
         TypeError, ValueError: for a wrong type, number or form, naming the argument.
@@ -523,7 +523,7 @@ def logistic_bound(excess: Tensor, *, score_bound: float = math.inf, form: str =
     if form == "simple":
         return torch.maximum(curve, 2 * excess / knee)
     start = comp_sum.consistency_transform(torch.tensor(knee, dtype=torch.float64), tau=1, num_classes=2).item()
-    line = (knee + (excess.double() - start) / bound).clamp(max=1).to(excess.dtype)
+    line = (knee + (excess.detach().double() - start) / bound).clamp(max=1).to(excess.dtype)
     return torch.where(excess > start, line, curve)
 
 
