@@ -18,7 +18,12 @@ def run(path: Path) -> float:
     """Run the notebook in its own folder, store outputs and widget state, and return the seconds it took."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": path.parent}}, record_timing=False
+        notebook,
+        timeout=900,
+        kernel_name="python3",
+        resources={"metadata": {"path": path.parent}},
+        record_timing=False,
+        coalesce_streams=True,  # what a slow cell prints in several messages is one output
     )
     start = time.perf_counter()
     client.execute()

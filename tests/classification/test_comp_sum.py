@@ -885,3 +885,9 @@ def test_margin_loss_counts_ranks_in_half_precision():
     scores = torch.zeros(1, 1, 1000, dtype=torch.bfloat16)
     loss = C.rho_margin_comp_sum(scores, torch.tensor([3]), tau=0, rho=1.0)
     assert loss.item() == pytest.approx(999, rel=1e-6) and loss.dtype == torch.float32
+
+
+def test_the_logistic_transform_ends_upright():
+    beta = torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64, requires_grad=True)
+    C.consistency_transform(beta, tau=1, num_classes=2).sum().backward()
+    torch.testing.assert_close(beta.grad, torch.atanh(beta.detach()))

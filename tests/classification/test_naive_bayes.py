@@ -682,6 +682,14 @@ def fitted(**options):
         (lambda: N.sample_complexity([1, 2], [0.1], 0.2), "errors"),
         (lambda: N.sample_complexity([2, 1], [0.1, 0.2], 0.2), "sizes"),
         (lambda: N.sample_complexity([1, 2], [0.1, 0.2], math.nan), "target"),
+        (lambda: N.sample_complexity([1, 2], [0.1, math.nan], 0.2), "errors"),
+        (lambda: N.gap_probability(MEANS * math.nan, 0.5, num_features=3), "scores"),
+        (lambda: N.gap_probability(MEANS, -0.5, num_features=3), "tau"),
+        (lambda: N.gaussian_mixture(5, MEANS, COVARIANCE + torch.ones(4, 4, dtype=D).triu(1)), "symmetric"),
+        (lambda: N.gaussian_mixture(5, MEANS, COVARIANCE * math.nan), "covariance"),
+        (lambda: N.gaussian_mixture(5, MEANS * math.inf, COVARIANCE), "means"),
+        (lambda: N.weak_evidence_error(1.0, torch.tensor([5.0, math.inf])), "inf"),
+        (lambda: N.margin_error_bound(9, scale=1, tau=1, miss=0, num_classes=3, min_variance=0.1, min_prior=0.5, delta=0.1), "min_prior"),
     ],
 )  # fmt: skip
 def test_bad_values_name_the_argument(call, name):

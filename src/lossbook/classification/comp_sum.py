@@ -273,7 +273,9 @@ def consistency_transform(beta: Tensor, *, tau: float, num_classes: int, form: s
     elif form in ("simple", "asymptotic"):
         value = _curvature(tau, n, form) * b * b
     elif abs(tau - 1) < _NEAR_ONE:
-        value = (torch.special.xlog1py(1 + b, b) + torch.special.xlog1py(1 - b, -b)) / 2
+        few, many = torch.where(b < 0.5, b, 0), torch.where(b < 0.5, 0.5, b)  # digits near 0, a gradient at 1
+        rest = torch.where(b < 0.5, torch.special.xlog1py(1 - few, -few), -torch.special.entr(1 - many))
+        value = (torch.special.xlog1py(1 + b, b) + rest) / 2
     else:
         a = 1 / (2 - tau)
         near = a * torch.atanh(b) < 1

@@ -59,7 +59,8 @@ class GaussianNaiveBayes:
         means_: class means :math:`\hat\mu`, shape ``(K, n)``.
         variances_: shape ``(n,)``, or ``(K, n)`` without pooling; smoothing included.
         log_prior_: :math:`\log\hat p_k`, shape ``(K,)``.
-        weight_, bias_: with pooling, the linear classifier, shapes ``(K, n)`` and ``(K,)``: ``X @ weight_.T + bias_`` has the same argmax.
+        weight_, bias_: with pooling, the linear classifier, shapes ``(K, n)`` and ``(K,)``: ``X @ weight_.T + bias_`` has the same argmax, up to
+            rounding, which is large where features are large beside their deviations.
 
     Raises:
         TypeError, ValueError: for a wrong number, naming the argument.
@@ -291,7 +292,7 @@ def discriminant_gap(scores: Tensor, *, num_features: int) -> Tensor:
     r"""Gap of the two largest scores per feature, :math:`(l_{(1)}-l_{(2)})/n` (eq-naive_bayes-gap).
 
     Args:
-        scores: shape ``(B, K)`` with K > 1, floating point.
+        scores: shape ``(B, K)`` with K > 1, floating point, finite.
         num_features: n.
 
     Returns:
@@ -306,7 +307,7 @@ def discriminant_gap(scores: Tensor, *, num_features: int) -> Tensor:
         >>> discriminant_gap(torch.tensor([[1.0, 5.0, 3.0]]), num_features=4)
         tensor([0.5000])
     """
-    if _checks.floating("scores", scores, 2).shape[1] < 2:
+    if _checks.finite("scores", _checks.floating("scores", scores, 2)).shape[1] < 2:
         raise ValueError(f"scores must have at least 2 columns, got shape {tuple(scores.shape)}")
     top = scores.topk(2, dim=1).values
     return (top[:, 0] - top[:, 1]) / _checks.positive_int("num_features", num_features)
@@ -317,7 +318,7 @@ def gap_probability(scores: Tensor, tau: float | Tensor, *, num_features: int) -
 
     Args:
         scores: as in :func:`discriminant_gap`.
-        tau: a number, or a tensor of shape ``(T,)``.
+        tau: a number, or a tensor of shape ``(T,)``, at least 0.
         num_features: n.
 
     Returns:
@@ -336,6 +337,8 @@ def gap_probability(scores: Tensor, tau: float | Tensor, *, num_features: int) -
     tau = torch.as_tensor(tau, dtype=gap.dtype, device=gap.device)
     if tau.ndim > 1:
         raise ValueError(f"tau must be a number or have shape (T,), got {tuple(tau.shape)}")
+    if _checks.known_false(tau >= 0):
+        raise ValueError(f"tau must be >= 0, got {tau}")
     return (gap <= tau[..., None]).to(gap.dtype).mean(-1)
 
 
@@ -363,7 +366,7 @@ def weak_evidence_error(distance_sq: float | Tensor, features_per_sample: float 
     d, kappa = (torch.as_tensor(v, dtype=torch.float64) for v in (distance_sq, features_per_sample))
     for name, value in (("distance_sq", d), ("features_per_sample", kappa)):
         if _checks.known_false(torch.isfinite(value) & (value >= 0)):
-            raise ValueError(f"{name} must be finite and >= 0, got {value.min().item()}")
+            raise ValueError(f"{name} must be finite and >= 0, got {value}")
     tiny = torch.finfo(torch.float64).tiny
     return torch.special.ndtr(-d / (2 * (d + 4 * kappa).clamp(min=tiny).sqrt()))
 
@@ -437,7 +440,8 @@ def margin_error_bound(
         tau: margin per feature, > 0.
         miss: q, the probability that the limit of naive Bayes has a margin of at most tau per feature, in [0, 1].
         num_classes, delta: as in :func:`logistic_excess_bound`.
-        min_variance, min_prior: as in :func:`score_error_constant`.
+        min_variance: as in :func:`score_error_constant`.
+        min_prior: as in :func:`parameter_sample_size`.
 
     Returns:
         The bound, at least 0; above 1 it says nothing.
@@ -454,8 +458,8 @@ def margin_error_bound(
     """
     s, tau = _checks.positive_number("scale", scale), _checks.positive_number("tau", tau)
     q = _checks.number("miss", miss, 0, 1)
-    rho, p = _open("min_variance", min_variance, 0.25), _open("min_prior", min_prior, 0.5)
     k = _checks.positive_int("num_classes", num_classes, minimum=2)
+    rho, p = _open("min_variance", min_variance, 0.25), _open("min_prior", min_prior, 1 / k)
     reach = s * (1.5 / rho - math.log(p))
     best = math.log1p((k - 1) * math.exp(-s * tau)) + q * (math.log(k) + 2 * reach)
     excess = logistic_excess_bound(m, num_features=1, num_classes=k, weight_norm=0.0, bias_bound=reach, delta=delta)
@@ -637,7 +641,7 @@ def gaussian_mixture(
         >>> X.shape, y[:2]
         (torch.Size([5, 4]), tensor([0, 1]))
     """
-    classes, n = _checks.floating("means", means, 2).shape
+    classes, n = _checks.finite("means", _checks.floating("means", means, 2)).shape
     root = _root(covariance, n, means.dtype)
     m = _checks.positive_int("m", m, minimum=classes)
     others = torch.randint(classes, (m - classes,), generator=generator, device=means.device)
@@ -651,6 +655,9 @@ def _covariance(covariance: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"covariance must have shape {(n, n)}, got {tuple(covariance.shape)}")
     if covariance.dtype != dtype:
         raise TypeError(f"covariance must have the dtype of means, {dtype}, got {covariance.dtype}")
+    scale = _checks.finite("covariance", covariance).abs().amax()
+    if _checks.known_false((covariance - covariance.T).abs() <= 1e-5 * scale):
+        raise ValueError("covariance must be symmetric")
     return covariance
 
 
@@ -708,7 +715,7 @@ def linear_rule_error(weight: Tensor, bias: Tensor, means: Tensor, covariance: T
         weight: shape ``(2, n)``, floating point.
         bias: shape ``(2,)``.
         means: shape ``(2, n)``.
-        covariance: shape ``(n, n)``.
+        covariance: shape ``(n, n)``, symmetric and positive semidefinite; of that only the symmetry is checked.
 
     Returns:
         Shape ``()``; 1/2 for a rule that does not look at x.
@@ -762,5 +769,7 @@ def sample_complexity(sizes: Sequence[int], errors: Sequence[float], target: flo
         raise ValueError(f"errors must have one number for each of sizes, got {len(errors)} for {len(sizes)}")
     if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
         raise ValueError(f"sizes must increase, got {sizes}")
+    if any(map(math.isnan, errors)):
+        raise ValueError(f"errors must be numbers, got {errors}")
     target = _checks.number("target", target)
     return next((s for s, e in zip(sizes, errors, strict=True) if e < target), math.inf)
