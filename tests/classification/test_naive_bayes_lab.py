@@ -43,9 +43,7 @@ def only_networks(source, names):
     return source
 
 
-def test_full_profile_evaluates_backbones(monkeypatch):
-    import torchvision
-
+def test_full_profile_evaluates_backbones(monkeypatch, torchvision):
     asked = []
     monkeypatch.setattr(lab, "load_cifar10", few_images)
     monkeypatch.setattr(

@@ -1,9 +1,7 @@
 """Fixtures of the lab kit's tests."""
 
-import importlib
 import os
 import socket
-import sys
 
 import plotly.io as pio
 import pytest
@@ -30,24 +28,3 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.fixture(scope="session")
-def torchvision():
-    """torchvision, also where its compiled operators do not load.
-
-    Beside a torch of another build (CPU wheels from one index, torchvision from another) the import stops at operators
-    without a schema. The data sets and models are pure Python; declaring the two schemas lets them be imported.
-    """
-    try:
-        yield importlib.import_module("torchvision")
-        return
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    library = torch.library.Library("torchvision", "DEF")  # the schemas live as long as this object
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield importlib.import_module("torchvision")
