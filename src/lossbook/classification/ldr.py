@@ -132,7 +132,7 @@ def _normalized(scores: Tensor, method: str | None) -> Tensor:
 def _interior(scores: Tensor, target: Tensor, lam: float | Tensor, large: bool) -> Tensor:
     r""":math:`\lambda\log\frac1K\sum_ke^{(s_k-s_y)/\lambda}` by row, :math:`0<\lambda<\infty`; ``large`` keeps the digits of a large one."""
     if not large:
-        cross_entropy = F.cross_entropy(scores / _column(lam), target, reduction="none")
+        cross_entropy = F.cross_entropy(scores / _column(lam), target, ignore_index=_checks.NO_CLASS, reduction="none")
         return lam * (cross_entropy - math.log(scores.shape[1]))
     largest = scores.amax(1, keepdim=True)
     below = (scores - largest) / _column(lam)
