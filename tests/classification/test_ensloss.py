@@ -182,6 +182,14 @@ def test_the_mean_of_ties_does_not_break_the_order(dtype):
         assert torch.equal(together(margins[None], draws[None])[0], g)
 
 
+def test_slopes_are_constants():
+    margins, draws = batch(1, rows=8)
+    margins.requires_grad_(), draws.requires_grad_()
+    knots = (-1.0, 3.0, 8)
+    assert not E.calibrated_derivatives(margins, draws).requires_grad
+    assert not E.drawn_slopes(margins, draws, knots=knots).requires_grad
+
+
 def test_infinite_draws_are_clipped():
     margins = torch.tensor([-1.0, 0.5, 2.0])
     got = E.calibrated_derivatives(margins, torch.tensor([5.0, 3.0, -2.0]), box_cox=-1.0, shift=0)
