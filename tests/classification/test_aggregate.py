@@ -253,6 +253,15 @@ def test_the_log_domain_is_left_only_where_nothing_underflows(loss, scale, dtype
         torch.testing.assert_close(both[0][0].double(), torch.stack(slow), rtol=rtol, atol=10 * atol)
 
 
+def test_gradients_of_small_probabilities_survive_the_scale_of_mixed_precision():
+    """Here 1 over the mean probability, times the scale, is beyond float32, and the gradient is not."""
+    logits = torch.tensor([[-80.0, 0.0], [-82.0, 0.0]], requires_grad=True)
+    loss = A.bag_loss(logits, torch.tensor([[1.0, 0.0]]), torch.tensor([0, 0]), loss="cross_entropy")
+    (gradient,) = torch.autograd.grad(loss * 2**16, logits)
+    weight = torch.tensor([0.0, -2.0]).softmax(0)[:, None]
+    torch.testing.assert_close(gradient, 2**16 * torch.tensor([[-1.0, 1.0]]) * weight)
+
+
 def test_dtypes_transforms_and_compile():
     for loss in LOSSES:
         f, y, bag = random_bags(12, loss)
