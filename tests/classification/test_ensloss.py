@@ -752,13 +752,22 @@ def test_transforms_and_compile():
     torch.testing.assert_close(compiled(logits, classes, draws), loss(logits, classes, draws))
 
 
+@pytest.mark.parametrize("wrong", [-100, -1, 2])
+def test_wrong_classes_are_not_silent_in_a_compiled_graph_and_under_vmap(wrong):
+    logits, target = torch.zeros(3, 2), torch.tensor([0, 1, wrong])
+    assert torch.compile(lambda x, y: E.ens_loss(x, y), backend="aot_eager")(logits, target).isnan()
+    rows = torch.func.vmap(lambda x, y: E.signed_margins(x[None], y[None])[0])(logits, target)
+    assert rows.isnan().all(1).tolist() == [False, False, True]
+
+
 def test_wrong_labels_are_not_silent_where_values_are_not_checked(monkeypatch):
     monkeypatch.setattr(E._checks, "known_false", lambda condition: False)  # as on an accelerator
     assert E.ens_loss(Z, torch.tensor([0.0, 0.5, 1.0])).isnan()
     assert E.ens_loss(Z, torch.tensor([-1, 1, 1])).isnan()
-    for wrong in (-100, 2):
-        with pytest.raises((RuntimeError, IndexError)):
-            E.ens_loss(torch.zeros(3, 2), torch.tensor([0, 1, wrong]))
+    for wrong in (-100, -1, 2):
+        margins = E.signed_margins(torch.ones(3, 2), torch.tensor([0, 1, wrong]))
+        assert margins[:2].tolist() == [[1, -1], [-1, 1]] and margins[2].isnan().all()
+        assert E.ens_loss(torch.zeros(3, 2), torch.tensor([0, 1, wrong])).isnan()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

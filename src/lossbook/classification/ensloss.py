@@ -283,7 +283,8 @@ def signed_margins(logits: Tensor, target: Tensor) -> Tensor:
         Shape of ``logits``, float32 or wider: ``+logits`` where the target is 1, or the class is k, and ``-logits`` elsewhere.
 
     Raises:
-        TypeError, ValueError: for a wrong type, shape or value, naming the argument.
+        TypeError, ValueError: for a wrong type, shape or value, naming the argument. Where values are not read, in a compiled graph, under
+            ``vmap`` and on an accelerator, the margins of a wrong target are NaN.
 
     Complexity: O(BK) time and memory.
 
@@ -301,9 +302,10 @@ def signed_margins(logits: Tensor, target: Tensor) -> Tensor:
     wide = _checks.wide(logits)
     if logits.ndim == 2 and logits.shape[1] > 1 and target.ndim == 1:
         _checks.indices("target", target, logits.shape[1], len(logits))
-        # Where values are not read, scatter still refuses a class that does not exist.
-        positive = torch.zeros_like(logits, dtype=torch.bool).scatter(1, target[:, None], True)
-        return torch.where(positive, wide, -wide)
+        positive = target[:, None] == torch.arange(logits.shape[1], device=target.device)
+        # Where values are not read, the row of a class that does not exist becomes NaN, not silently one of no class.
+        sign = torch.where((target >= 0) & (target < logits.shape[1]), -1.0, torch.nan).to(wide.dtype)
+        return torch.where(positive, wide, sign[:, None] * wide)
     if not (target.is_floating_point() or target.dtype in (torch.bool, torch.int64)):
         raise TypeError(f"target must be bool, int64 or floating point, got {target.dtype}")
     if target.ndim == 1 and logits.shape == (len(target), 1):
@@ -315,7 +317,7 @@ def signed_margins(logits: Tensor, target: Tensor) -> Tensor:
     if _checks.known_false((target == 0) | (target == 1)):
         wrong = target[(target != 0) & (target != 1)][0]
         raise ValueError(f"target must hold 0 and 1 only, got {wrong}; labels -1 and 1 become (label + 1) / 2")
-    # On an accelerator values are not checked: another label becomes NaN there, not silently a class.
+    # Here, too, another label becomes NaN where values are not read.
     return torch.where(target == 1, wide, torch.where(target == 0, -wide, torch.nan))
 
 
