@@ -428,16 +428,22 @@ def test_predictions_converge(seed):
     assert 0.6 < agreement(limit, majority) < 0.95 and agreement(limit, nearest) < 0.99  # three different rules
 
 
-def test_the_tangent_kernel_converges_slowly():
-    """Its shares differ from those of the limit by a term in 1 / L."""
-    X, y, Z, _z = data(n=100, tests=300)
-    limit = S.SingularKernelClassifier(dimension=2).fit(X, y)
-    wanted, errors = limit.decision_function(Z), []
-    for depth in (80, 160, 320):
-        deep = S.DeepKernelClassifier(Dual.optimal(2), depth).fit(X, y)
-        errors.append((deep.decision_function(Z) - wanted).abs().mean().item())
-    assert 1.7 < errors[0] / errors[1] < 2.2 and 1.7 < errors[1] / errors[2] < 2.2
-    assert agreement(deep.predict(Z), limit.predict(Z)) > 0.97
+@pytest.mark.parametrize("d", [2, 4])
+def test_the_tangent_kernel_is_more_singular_until_it_is_deep(d):
+    """K / a^L is (L + 1) c plus about c' b / (b - 1) = c d / u for near points: depth must be large beside 1 / u."""
+    for u in (2.0**-14, 2.0**-18):
+        near = torch.tensor([[1.0, 0.0], [1 - u, math.sqrt(u * (2 - u))]], dtype=D)
+        c = S.limit_kernel(torch.tensor(1 - u, dtype=D), dual=Dual.optimal(d)).item()
+        for depth in (60, 100):
+            kernel = S.ntk_kernel(near[:1], near[1:], dual=Dual.optimal(d), depth=depth).item()
+            ratio = math.exp(math.log(kernel) + depth * d / 2 * math.log(2) - c)
+            assert ratio * u == pytest.approx(d, rel=0.02)
+
+
+def test_the_tangent_kernel_agrees_at_last():
+    X, y, Z, _z = data(tests=500)
+    limit = S.SingularKernelClassifier(dimension=2).fit(X, y).predict(Z)
+    assert agreement(S.DeepKernelClassifier(Dual.optimal(2), 160).fit(X, y).predict(Z), limit) > 0.96
 
 
 # --- weights and classifiers ------------------------------------------------------------------------------------------
