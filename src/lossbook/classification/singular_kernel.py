@@ -382,8 +382,9 @@ def limit_type(dual: DualActivation) -> str:
         dual: the activation's dual.
 
     Returns:
-        "singular" if :math:`A=0\ne A'`; "nearest" if :math:`A=A'=0`; "majority" if :math:`A\ne0` and :math:`B'>1`; "undetermined" if :math:`B'\le1+10^{-9}`,
-        where none of the three is proved for every sample (ReLU, sigmoid, softplus), and for a linear activation.
+        "singular" if :math:`A=0\ne A'`; "nearest" if :math:`A=A'=0`; "majority" if :math:`A\ne0` and :math:`B'>1`; "undetermined" if
+        :math:`B'\le1+10^{-9}`, where the moments alone do not decide: ReLU at :math:`B'=1` tends to the majority, slowly (prop-singular_kernel-boundary),
+        sigmoid and softplus below 1 to no vote, and a linear activation stays as it is.
 
     Raises:
         TypeError: if ``dual`` is none.
@@ -458,7 +459,8 @@ def limit_kernel(xi: Tensor, *, dual: DualActivation, log: bool = True) -> Tenso
     Raises:
         TypeError, ValueError: for a wrong type, value or dual, naming the argument.
 
-    Complexity: :math:`O(\log\frac1{1-\xi}/\log b-40/\log a)` layers, each O(1) time for an element.
+    Complexity: :math:`O(\log\frac1{1-\xi}/\log b-40/\log a)` layers, each O(1) time for an element. How many is read off the values, so that
+    ``torch.compile`` and ``vmap`` do not apply; gradients do.
 
     Source: Radhakrishnan et al., theorem on the singular kernel; Koenigs 1884.
 
