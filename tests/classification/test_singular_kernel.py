@@ -230,6 +230,14 @@ def test_near_points_in_float64_and_equal_points_in_float32():
     assert (kernel - torch.eye(5, dtype=D)).abs().max() < 1e-6
 
 
+def test_norms_are_corrected():
+    """Rows within the tolerance are used as if their norm were 1, also where a point meets itself."""
+    X, Y = sphere(5, 3, 0), sphere(4, 3, 1)
+    args = dict(dual=Dual.optimal(2), depth=6)
+    torch.testing.assert_close(S.ntk_kernel(X * 1.000005, Y, **args), S.ntk_kernel(X, Y, **args), rtol=1e-12, atol=0)
+    assert S.nngp_kernel(X * 1.000005, X, dual=Dual.optimal(2), depth=6).diagonal().min() > 1 - 1e-12
+
+
 def test_underflow():
     X, Y = with_cosine([0.3, 0.9])
     log = S.nngp_kernel(X, Y, dual=Dual.optimal(20), depth=200, log=True)
@@ -550,9 +558,14 @@ def test_ties_and_what_nothing_is_near():
     X = torch.eye(3, dtype=D)[:2]
     far = S.SingularKernelClassifier(dimension=2).fit(X, y)
     assert far.decision_function(torch.eye(3, dtype=D)[2:]).tolist() == [[0.5, 0.5]]
+    half = torch.tensor([[1.0, 0.0, 1.0]], dtype=D) / math.sqrt(
+        2
+    )  # at right angles to one of the two: no vote from there
+    assert far.decision_function(half).tolist() == [[0.0, 1.0]]
     for kernel in ("ntk", "nngp"):
         deep = S.DeepKernelClassifier(NEAREST, 3, kernel).fit(X, y)
         assert deep.predict(torch.eye(3, dtype=D)[2:]).tolist() == [1]
+        assert torch.isfinite(deep.decision_function(torch.eye(3, dtype=D)[2:])).all()
 
 
 def test_coinciding_training_points():
