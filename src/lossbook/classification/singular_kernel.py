@@ -88,7 +88,7 @@ class DualActivation:
         return rest if self.lowest_degree == 1 else (self.lowest_degree - 1) * log_xi.double() + rest
 
     def step(self, xi: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """One layer: the next ``xi`` and the next ``u``, each with its own digits: a small u is not formed from xi."""
+        """The next layer's ``xi`` and ``u``; a small u is not formed from xi."""
         new = self.gap(u)
         return torch.where(new < 0.5, 1 - new, self._value(xi)), new
 
