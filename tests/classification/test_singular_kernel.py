@@ -183,6 +183,7 @@ def test_kernels_against_loops(seed, depth, low):
     torch.testing.assert_close(S.nngp_kernel(X, Y, **args), nngp, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(S.nngp_kernel(X, Y, **args, log=True), nngp.log(), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(S.ntk_kernel(X, Y, **args), ntk, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(S.ntk_kernel(X, Y, **args, log=True), ntk.log(), rtol=1e-8, atol=1e-8)
 
 
 @given(seeds, st.integers(0, 30))
@@ -251,16 +252,41 @@ def test_underflow():
     assert S.nngp_kernel(X, Y, dual=MAJORITY, depth=1, log=True).item() == pytest.approx(math.log(0.2))
 
 
+def test_underflow_and_overflow_of_the_tangent_kernel():
+    X, Y = with_cosine([0.3, 0.9, 1.0])
+    squares = S.ntk_kernel(X, Y, dual=NEAREST, depth=100, log=True)  # (2^(L+1) - 1) xi^(2^L)
+    wanted = 2.0**100 * torch.tensor([[0.3, 0.9, 1.0]], dtype=D).log() + math.log(2.0**101 - 1)
+    torch.testing.assert_close(squares, wanted, rtol=1e-12, atol=0)
+    a, xi = 2.0**-10, Decimal(0.3)
+    getcontext().prec = 60
+    w, kernel = [Decimal(c) for c in (0, a, 1 - 2 * a, a)], xi
+    for _ in range(300):
+        slope = w[1] + 2 * w[2] * xi + 3 * w[3] * xi * xi
+        xi = w[1] * xi + w[2] * xi**2 + w[3] * xi**3
+        kernel = xi + kernel * slope
+    found = S.ntk_kernel(X, Y, dual=Dual.optimal(20), depth=300, log=True)
+    assert found[0, 0].item() == pytest.approx(float(kernel.ln()), rel=1e-12)
+    deep = S.ntk_kernel(X, X, dual=Dual.optimal(20), depth=5000, log=True)
+    assert deep.item() == pytest.approx(5001 * math.log(2), rel=1e-12)
+    for dual in (MAJORITY, Dual.relu(), Dual.erf()):
+        args = dict(dual=dual, depth=8)
+        torch.testing.assert_close(S.ntk_kernel(X, Y, **args, log=True).exp(), S.ntk_kernel(X, Y, **args))
+    X, Y = with_cosine([0.0])
+    assert S.ntk_kernel(X, Y, dual=NEAREST, depth=3, log=True).item() == -math.inf
+    assert S.ntk_kernel(X, Y, dual=MAJORITY, depth=1, log=True).item() == pytest.approx(math.log(0.2))
+
+
 # --- the limit kernel ---------------------------------------------------------------------------------------------
 
 
-def decimal_limit(xi, w, depth):
-    """Lim of a^-L times the L-fold composition, literally, with 80 digits."""
+def decimal_limit(xi, w, depth, log=False):
+    """Lim of a^-L times the L-fold composition, literally, with 80 digits and without underflow."""
     getcontext().prec = 80
     w, x = [Decimal(c) for c in w], Decimal(xi)
     for _ in range(depth):
         x = sum(c * x**k for k, c in enumerate(w))
-    return float(x / w[1] ** depth)
+    c = x / w[1] ** depth
+    return float(c.ln() if log else c)
 
 
 @given(st.integers(0, 10**6), st.floats(0.01, 0.999))
@@ -274,6 +300,16 @@ def test_limit_kernel_against_decimals(seed, xi):
     depth = math.ceil(math.log(1e3) / math.log(b) + 45 / -math.log(a))
     if depth < 1500:
         assert found == pytest.approx(decimal_limit(xi, w, depth), rel=1e-9)
+
+
+@pytest.mark.parametrize(("d", "known"), [(200, None), (400, 986.123), (783, 2190.59), (2000, 6578)])
+def test_high_dimensions(d, known):
+    """Where a = 2^(-d/2) is tiny a factor is near 1 only once Sigma is small beside a."""
+    xi = torch.tensor([0.1, 0.6, 0.99], dtype=D)
+    found = S.limit_kernel(xi, dual=Dual.optimal(d)).tolist()
+    a = 2.0 ** (-d / 2)
+    assert found == pytest.approx([decimal_limit(x, [0, a, 1 - 2 * a, a], 40, log=True) for x in xi.tolist()], rel=1e-9)
+    assert known is None or found[1] == pytest.approx(known, rel=1e-4)
 
 
 def test_values_and_rates_of_the_optimal_dual():
@@ -321,6 +357,10 @@ def test_ends():
     assert S.limit_kernel(ends, dual=Dual.optimal(3), log=False).tolist() == [0, math.inf]
     assert S.limit_kernel(ends, dual=Dual.erf()).tolist() == [-math.inf, math.inf]
     assert S.limit_kernel(torch.tensor([[0.5]]), dual=Dual.optimal(3)).dtype == D
+    for dual in (Dual.optimal(3), Dual.erf(), Dual.sine(2.0)):  # c(0) = 0 and c'(0) = 1
+        zero = torch.zeros(2, dtype=D, requires_grad=True)
+        S.limit_kernel(zero, dual=dual, log=False).sum().backward()
+        torch.testing.assert_close(zero.grad, torch.ones(2, dtype=D), rtol=1e-12, atol=0)
     tiny = torch.tensor(1e-300, dtype=D)
     assert S.limit_kernel(tiny, dual=Dual.optimal(3)).item() == pytest.approx(math.log(1e-300))
 
@@ -436,6 +476,19 @@ def test_predictions_converge(seed):
     assert 0.6 < agreement(limit, majority) < 0.95 and agreement(limit, nearest) < 0.99  # three different rules
 
 
+def test_deep_tangent_classifiers_whose_kernel_underflows():
+    """54 to 100 of 100 rows of the kernel are zero in double precision here."""
+    X, y, Z, _z = data(n=40, tests=200)
+    near = torch.from_numpy(KNeighborsClassifier(1).fit(X, y).predict(Z))
+    for dual, depth in ((NEAREST, 18), (NEAREST, 60), (Dual.optimal(20), 200)):
+        assert (S.ntk_kernel(X, Z, dual=dual, depth=depth) == 0).all(0).double().mean() > 0.3
+        model = S.DeepKernelClassifier(dual, depth).fit(X, y)
+        assert agreement(model.predict(Z), near) > 0.98 and torch.equal(model.predict(X), y)
+    for kernel, depth in (("nngp", 1022), ("ntk", 1015)):  # where even the logarithm overflows
+        with pytest.raises(ValueError, match="depth"):
+            S.DeepKernelClassifier(NEAREST, depth, kernel).fit(X, y).predict(Z)
+
+
 @pytest.mark.parametrize("d", [2, 4])
 def test_the_tangent_kernel_is_more_singular_until_it_is_deep(d):
     """K / a^L is (L + 1) c plus about c' b / (b - 1) = c d / u for near points: depth must be large beside 1 / u."""
@@ -470,6 +523,15 @@ def test_hilbert_weights(seed, exponent):
     torch.testing.assert_close(S.hilbert_weights(X @ turn, Z @ turn, exponent=exponent), weights, rtol=1e-8, atol=1e-10)
     own = S.hilbert_weights(X, X, exponent=exponent)
     assert torch.equal(own, torch.eye(6, dtype=D))
+
+
+def test_hilbert_weights_do_not_depend_on_the_unit():
+    X, Z = sphere(6, 3, 0), torch.cat([sphere(4, 3, 1), sphere(6, 3, 0)[:1]])
+    for unit in (1e-200, 1e200, 3.0):
+        found = S.hilbert_weights(unit * X, unit * Z, exponent=2.0)
+        torch.testing.assert_close(found, S.hilbert_weights(X, Z, exponent=2.0), rtol=1e-12, atol=0)
+    zeros = torch.zeros(2, 3, dtype=D)
+    assert S.hilbert_weights(zeros, zeros, exponent=1.0).tolist() == [[0.5, 0.5], [0.5, 0.5]]
 
 
 def test_hilbert_weights_at_both_ends():
@@ -549,6 +611,16 @@ def test_low_rank_needs_the_pseudo_inverse():
     torch.testing.assert_close((plus - minus) * kernel.sum(1), kernel @ solve * 3, rtol=1e-8, atol=1e-8)
     middle = S.DeepKernelClassifier(dual, 5, "nngp").fit(X, y)  # nearly singular, and fits the labels all the same
     assert agreement(middle.predict(X), y) > 0.992
+
+
+def test_the_cutoff_of_the_pseudo_inverse():
+    """Two points at gap u, no layer: the smaller eigenvalue is u / 2 of the larger one, kept at 5e-11, left out at 5e-14."""
+    y = torch.tensor([1, -1])
+    for u, fits in ((1e-10, True), (1e-13, False)):
+        X = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, math.sqrt(2 * u)]], dtype=D))
+        scores = S.DeepKernelClassifier(Dual.optimal(1), 0, "nngp").fit(X, y).decision_function(X)
+        differ = (scores[:, 0] - scores[:, 1]).abs()
+        assert ((differ > 0.4) if fits else (differ < 1e-6)).all()
 
 
 def test_ties_and_what_nothing_is_near():
@@ -654,6 +726,8 @@ X0, Y0, OPTIMAL = sphere(4, 3, 0), torch.tensor([1, -1, 1, 1]), Dual.optimal(2)
         (lambda: Dual.from_activation(torch.log), "fn"),
         (lambda: Dual.from_activation(torch.ones_like), "fn"),
         (lambda: Dual.from_activation(torch.tanh, degree=0), "degree"),
+        (lambda: Dual.from_activation(torch.tanh, degree=200), "degree"),
+        (lambda: Dual.optimal(2001), "dimension"),
         (lambda: S.activation("tanh"), "name"),
         (lambda: S.activation(0), "dimension"),
         (lambda: OPTIMAL(torch.tensor([1.1])), "xi"),
@@ -677,8 +751,17 @@ X0, Y0, OPTIMAL = sphere(4, 3, 0), torch.tensor([1, -1, 1, 1]), Dual.optimal(2)
         (lambda: S.SingularKernelClassifier(dual=MAJORITY), "majority"),
         (lambda: S.SingularKernelClassifier(2).fit(X0, Y0[:3]), "y must"),
         (lambda: S.SingularKernelClassifier(2).fit(2 * X0, Y0), "X must"),
-        (lambda: S.SingularKernelClassifier(2).fit(X0, Y0).predict(torch.eye(2)), "columns"),
-        (lambda: S.DeepKernelClassifier(OPTIMAL, 1).fit(X0, Y0).predict(torch.eye(2)), "columns"),
+        (lambda: S.DeepKernelClassifier(OPTIMAL, 1).fit(torch.cat([X0, -X0]), Y0.repeat(2)), "^X must have non-negative"),
+        *[
+            (lambda model=model, Z=Z: model.fit(X0, Y0).predict(Z), name)
+            for model in (S.SingularKernelClassifier(2), S.DeepKernelClassifier(OPTIMAL, 1))
+            for Z, name in (
+                (torch.eye(2), "^X must have 3 columns"),
+                (2 * X0, "^X must have rows of norm 1"),
+                (-X0, "^X of fit and X must have non-negative"),
+                (X0[:0], "^X must not be empty"),
+            )
+        ],
         (lambda: S.DeepKernelClassifier(OPTIMAL, -1), "depth"),
         (lambda: S.DeepKernelClassifier(OPTIMAL, 1, "rbf"), "kernel"),
         (lambda: S.DeepKernelClassifier(OPTIMAL, 2000).fit(X0, Y0), "depth"),
@@ -699,6 +782,9 @@ def test_bad_values_name_the_argument(call, name):
     ("call", "name"),
     [
         (lambda: Dual.optimal(2.5), "dimension"),
+        (lambda: Dual.hermite(None), "squared_coefficients"),
+        (lambda: Dual.hermite(["a", "b"]), "squared_coefficients"),
+        (lambda: S.DeepKernelClassifier(OPTIMAL, 1).fit(X0, Y0).predict([1.0]), "^X must be a tensor"),
         (lambda: Dual.from_activation(lambda x: 1.0), "fn"),
         (lambda: S.activation(2.0), "dimension"),
         (lambda: OPTIMAL(0.5), "xi"),

@@ -97,9 +97,12 @@ class DualActivation:
         r"""The polynomial :math:`\sum_kc_k^2\xi^k`, from :math:`c_0^2,c_1^2,\dots`: non-negative numbers that add up to 1 within 1e-9.
 
         Raises:
-            ValueError: for other numbers.
+            TypeError, ValueError: for anything else.
         """
-        w = torch.as_tensor(squared_coefficients, dtype=torch.float64)
+        try:
+            w = torch.as_tensor(squared_coefficients, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"squared_coefficients must be numbers, got {squared_coefficients!r}") from error
         if w.ndim != 1 or len(w) < 2 or not bool((w >= 0).all()) or not abs(float(w.sum()) - 1) < 1e-9:
             raise ValueError(
                 f"squared_coefficients must be 2 or more numbers >= 0 with sum 1, got {squared_coefficients}"
@@ -120,7 +123,7 @@ class DualActivation:
 
     @classmethod
     def optimal(cls, dimension: int) -> "DualActivation":
-        r"""The dual whose limit is singular of order exactly ``dimension`` (eq-singular_kernel-optimal), that of ``activation(dimension)``."""
+        r"""The dual whose limit is singular of order exactly ``dimension`` (eq-singular_kernel-optimal), that of ``activation(dimension)``; up to 2000."""
         return cls.hermite(_optimal_squares(dimension))
 
     @classmethod
@@ -181,6 +184,8 @@ class DualActivation:
             TypeError, ValueError: if ``fn`` gives no finite tensor of its input's shape, or is constant up to ``degree``.
         """
         degree = _checks.positive_int("degree", degree)
+        if degree > 199:
+            raise ValueError(f"degree must be at most 199, for 200 quadrature nodes, got {degree}")
         nodes, weights = np.polynomial.hermite_e.hermegauss(200)
         z, weights = torch.as_tensor(nodes), torch.as_tensor(weights / math.sqrt(2 * math.pi))
         values = fn(z)
@@ -202,6 +207,8 @@ class DualActivation:
 def _optimal_squares(dimension: int) -> list[float]:
     """Squared Hermite coefficients of the optimal activation."""
     dimension = _checks.positive_int("dimension", dimension)
+    if dimension > 2000:
+        raise ValueError(f"dimension must be at most 2000, where 2^(-d/2) is still a normal number, got {dimension}")
     if dimension == 1:  # the general form has a negative square here
         return [0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5]
     a = 2 ** (-dimension / 2)
@@ -218,7 +225,7 @@ def activation(name: str | int) -> Callable[[Tensor], Tensor]:
         A function from a floating-point tensor to one of its shape and dtype.
 
     Raises:
-        TypeError, ValueError: for another name, or a dimension below 1.
+        TypeError, ValueError: for another name, or a dimension that is not in 1 to 2000.
 
     Source: Radhakrishnan et al., the activations that achieve optimality, and the official code (d = 1).
 
@@ -288,12 +295,42 @@ def _pairs(name1: str, X1: Tensor, name2: str, X2: Tensor) -> tuple[Tensor, Tens
     u = _half_squares(name2, X1, X2)
     xi = X1 @ X2.T
     if _checks.known_false(xi > -1e-6):
-        raise ValueError(f"{name1} and {name2} must have non-negative cosines, got {xi.min():.6g}")
+        names = name1 if name1 == name2 else f"{name1} and {name2}"
+        raise ValueError(f"{names} must have non-negative cosines, got {xi.min():.6g}")
     return torch.where(u < 0.5, 1 - u, xi.clamp(min=0)), u.clamp(max=1)
 
 
 def _log(xi: Tensor, u: Tensor) -> Tensor:
     return torch.where(u < 0.5, torch.log1p(-u), xi.log())
+
+
+def _kernel(xi: Tensor, u: Tensor, dual: DualActivation, depth: int, tangent: bool) -> Tensor:
+    """Sigma, or K with ``tangent``, by the recursion."""
+    kernel = xi
+    for _ in range(depth):
+        slope = dual._derivative(xi) if tangent else 0.0
+        xi, u = dual.step(xi, u)
+        kernel = xi + kernel * slope
+    return kernel
+
+
+def _log_kernel(xi: Tensor, u: Tensor, dual: DualActivation, depth: int, tangent: bool) -> Tensor:
+    """The logarithm, where the kernel itself may underflow or overflow.
+
+    K / Sigma follows r <- 1 + m r, where m = xi dual'(xi) / dual(xi) is the mean degree of lem-singular_kernel-sandwich.
+    """
+    t, k = _log(xi, u), dual.lowest_degree
+    log_r = torch.zeros_like(t)
+    for _ in range(depth):
+        reduced = dual.reduced(xi)
+        if tangent:  # m by xi^(k-1), of dual' and of dual / xi; where that underflows m is k
+            power = xi ** (k - 1)
+            m = torch.where(power > 1e-250, dual._derivative(xi) / (reduced * power), float(k))
+            log_r = torch.logaddexp(torch.zeros_like(t), log_r + m.log())
+        t = k * t + reduced.log() if k else reduced.log()
+        xi, u = dual.step(xi, u)
+        t = torch.where(u < 0.5, torch.log1p(-u), t)
+    return t + log_r
 
 
 def nngp_kernel(X1: Tensor, X2: Tensor, *, dual: DualActivation, depth: int, log: bool = False) -> Tensor:
@@ -302,7 +339,7 @@ def nngp_kernel(X1: Tensor, X2: Tensor, *, dual: DualActivation, depth: int, log
     The logarithm is accurate where the kernel itself underflows, as it does fast when :math:`\check\phi'(0)=0`.
 
     Args:
-        X1: shape ``(n1, d + 1)``, floating point, rows of norm 1.
+        X1: shape ``(n1, d + 1)``, float32 or float64, rows of norm 1 within 1e-5 (half precision rounds more).
         X2: shape ``(n2, d + 1)``; no cosine with a row of X1 may be negative.
         dual: the activation's dual.
         depth: L, the number of hidden layers, at least 0.
@@ -314,7 +351,7 @@ def nngp_kernel(X1: Tensor, X2: Tensor, *, dual: DualActivation, depth: int, log
     Raises:
         TypeError, ValueError: for a wrong type, shape, norm or cosine, naming the argument.
 
-    Complexity: O(n1 n2 (d + L)) time, O(n1 n2) memory.
+    Complexity: O(n1 n2 (d + Lp)) time with p the degree of a polynomial dual, and 1 for the others; O(n1 n2) memory.
 
     Source: Radhakrishnan et al., the NNGP and NTK recursions.
 
@@ -326,31 +363,25 @@ def nngp_kernel(X1: Tensor, X2: Tensor, *, dual: DualActivation, depth: int, log
     _is_dual(dual)
     depth = _checks.positive_int("depth", depth, minimum=0)
     xi, u = _pairs("X1", X1, "X2", X2)
-    t = _log(xi, u) if log else None
-    for _ in range(depth):
-        if log:  # before xi moves on: log of the dual is k t + log(dual / xi^k)
-            rest = dual.reduced(xi).log()
-            t = dual.lowest_degree * t + rest if dual.lowest_degree else rest
-        xi, u = dual.step(xi, u)
-        if log:
-            t = torch.where(u < 0.5, torch.log1p(-u), t)
-    return t if log else xi
+    return (_log_kernel if log else _kernel)(xi, u, dual, depth, tangent=False)
 
 
-def ntk_kernel(X1: Tensor, X2: Tensor, *, dual: DualActivation, depth: int) -> Tensor:
-    r"""The neural tangent kernel, :math:`K^{(l+1)}=\Sigma^{(l+1)}+K^{(l)}\check\phi'(\Sigma^{(l)})` from :math:`K^{(0)}=\xi` (eq-singular_kernel-recursion).
+def ntk_kernel(X1: Tensor, X2: Tensor, *, dual: DualActivation, depth: int, log: bool = False) -> Tensor:
+    r"""The neural tangent kernel, :math:`K^{(l+1)}=\Sigma^{(l+1)}+K^{(l)}\check\phi'(\Sigma^{(l)})` from :math:`K^{(0)}=\xi` (eq-singular_kernel-recursion), or its logarithm.
+
+    The logarithm is accurate where the kernel underflows or, for equal rows, overflows.
 
     Args:
         X1, X2, dual, depth: as in :func:`nngp_kernel`.
+        log: give :math:`\log K^{(L)}`.
 
     Returns:
-        Shape ``(n1, n2)``, float64; :math:`\sum_{l\le L}b^l` for equal rows. Overflows to infinity there at about :math:`L=709/\log b`, and
-        underflows elsewhere at about :math:`L=-745/\log a`.
+        Shape ``(n1, n2)``, float64; :math:`\sum_{l\le L}b^l` for equal rows.
 
     Raises:
         TypeError, ValueError: as :func:`nngp_kernel`.
 
-    Complexity: O(n1 n2 (d + L)) time, O(n1 n2) memory.
+    Complexity: O(n1 n2 (d + Lp)) time with p the degree of a polynomial dual, and 1 for the others; O(n1 n2) memory.
 
     Source: Radhakrishnan et al., the NNGP and NTK recursions; Jacot et al. 2018.
 
@@ -362,12 +393,7 @@ def ntk_kernel(X1: Tensor, X2: Tensor, *, dual: DualActivation, depth: int) -> T
     _is_dual(dual)
     depth = _checks.positive_int("depth", depth, minimum=0)
     xi, u = _pairs("X1", X1, "X2", X2)
-    kernel = xi
-    for _ in range(depth):
-        slope = dual._derivative(xi)
-        xi, u = dual.step(xi, u)
-        kernel = xi + kernel * slope
-    return kernel
+    return (_log_kernel if log else _kernel)(xi, u, dual, depth, tangent=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,15 +457,15 @@ def singularity_exponent(dual: DualActivation) -> float:
     return -2 * math.log(dual.slope_at_zero) / math.log(dual.slope_at_one)
 
 
-def _log_limit(xi: Tensor, u: Tensor, dual: DualActivation) -> Tensor:
-    """log c as log xi plus the logs of the factors dual(xi_l) / (a xi_l), until they are 1 to the last digit."""
-    total, log_a, layer = _log(xi, u), math.log(dual.slope_at_zero), 0
+def _log_factors(xi: Tensor, u: Tensor, dual: DualActivation) -> Tensor:
+    """log of c(xi) / xi: the logs of the factors dual(xi_l) / (a xi_l), until they are 1 to the last digit."""
+    total, a, layer = torch.zeros_like(xi), dual.slope_at_zero, 0
     while True:
-        total = total + torch.where(u > 0, dual.reduced(xi).log() - log_a, math.inf)
+        total = total + torch.where(u > 0, dual.reduced(xi).log() - math.log(a), math.inf)
         xi, u = dual.step(xi, u)
         layer += 1
-        # Reading a value stalls an accelerator: look at every eighth layer only.
-        if layer % 8 == 0 and not bool(((xi > 1e-18) & (u > 0)).any()):
+        # A factor is 1 + O(xi / a). Reading a value stalls an accelerator: look at every eighth layer only.
+        if layer % 8 == 0 and not bool(((xi > 1e-18 * a) & (u > 0)).any()):
             return total
 
 
@@ -459,8 +485,8 @@ def limit_kernel(xi: Tensor, *, dual: DualActivation, log: bool = True) -> Tenso
     Raises:
         TypeError, ValueError: for a wrong type, value or dual, naming the argument.
 
-    Complexity: :math:`O(\log\frac1{1-\xi}/\log b-40/\log a)` layers, each O(1) time for an element. How many is read off the values, so that
-    ``torch.compile`` and ``vmap`` do not apply; gradients do.
+    Complexity: about :math:`\log\frac1{1-\xi}/\log b-40/\log a` layers, each O(1) time for an element: a dual close to linear takes long, :math:`4\cdot10^4` layers
+    at :math:`a=0.999`. How many is read off the values, so that ``torch.compile`` and ``vmap`` do not apply; gradients do.
 
     Source: Radhakrishnan et al., theorem on the singular kernel; Koenigs 1884.
 
@@ -470,8 +496,8 @@ def limit_kernel(xi: Tensor, *, dual: DualActivation, log: bool = True) -> Tenso
     """
     _is_singular(dual)
     xi = _cosines(xi)
-    value = _log_limit(xi, 1 - xi, dual)
-    return value if log else value.exp()
+    factors = _log_factors(xi, 1 - xi, dual)
+    return _log(xi, 1 - xi) + factors if log else xi * factors.exp()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,7 +541,9 @@ def hilbert_weights(X_train: Tensor, X_test: Tensor, *, exponent: float) -> Tens
         _checks.finite(name, _checks.floating(name, X, 2)).double()
         for name, X in (("X_train", X_train), ("X_test", X_test))
     )
-    u = _half_squares("X_test", X_train, X_test)
+    # A common power of two, which changes no digit of the weights, keeps squares from overflow and underflow.
+    power = torch.frexp(torch.maximum(X_train.abs().max(), X_test.abs().max())).exponent.clamp(min=-1000)
+    u = _half_squares("X_test", torch.ldexp(X_train, -power), torch.ldexp(X_test, -power))
     return _votes(-exponent / 2 * u.log(), u)
 
 
@@ -581,7 +609,7 @@ class SingularKernelClassifier(_Votes):
     def decision_function(self, X: Tensor) -> Tensor:
         """Each class's share of the weights, shape ``(m, K)``; rows add up to 1. Raises RuntimeError before fitting, TypeError, ValueError."""
         xi, u = _pairs("X of fit", self._fitted().X_, "X", X)
-        return _votes(_log_limit(xi, u, self.dual), u).T @ self._one_hot
+        return _votes(_log(xi, u) + _log_factors(xi, u, self.dual), u).T @ self._one_hot
 
 
 class DeepKernelClassifier(_Votes):
@@ -621,11 +649,10 @@ class DeepKernelClassifier(_Votes):
     def fit(self, X: Tensor, y: Tensor) -> "DeepKernelClassifier":
         """Fit to unit rows ``(n, d + 1)`` and int64 labels ``(n,)``; raises TypeError, and ValueError also for equal rows with different labels."""
         one_hot = self._remember(X, y)
-        same = _half_squares("X", self.X_, self.X_) == 0
-        if bool((same & (self._index[:, None] != self._index)).any()):
+        xi, u = _pairs("X", self.X_, "X", self.X_)
+        if bool(((u == 0) & (self._index[:, None] != self._index)).any()):
             raise ValueError("X must not have equal rows with different labels: the kernel matrix is singular")
-        function = ntk_kernel if self.kernel == "ntk" else nngp_kernel
-        matrix = function(self.X_, self.X_, dual=self.dual, depth=self.depth)
+        matrix = _kernel(xi, u, self.dual, self.depth, self.kernel == "ntk")
         # The diagonal is the same for all points: without it the entries lie in [0, 1].
         matrix = matrix / matrix[0, 0]
         if not bool(torch.isfinite(matrix).all()):
@@ -636,16 +663,13 @@ class DeepKernelClassifier(_Votes):
     def decision_function(self, X: Tensor) -> Tensor:
         """Scores ``(m, K)``, each row up to a positive factor: the kernel, which may be tiny, is divided by its sum over the training points.
 
-        Raises RuntimeError before fitting, TypeError, ValueError.
+        Raises RuntimeError before fitting, TypeError, ValueError (also for a depth at which even the kernel's logarithm overflows).
         """
-        train = self._fitted().X_
-        if self.kernel == "nngp":
-            logs = nngp_kernel(train, X, dual=self.dual, depth=self.depth, log=True)
-            weights = torch.softmax(logs.nan_to_num(neginf=-1e300), dim=0)
-        else:
-            kernel = ntk_kernel(train, X, dual=self.dual, depth=self.depth)
-            weights = kernel / kernel.sum(dim=0).clamp(min=1e-300)
-        return weights.T @ self.coefficients_
+        xi, u = _pairs("X of fit", self._fitted().X_, "X", X)
+        logs = _log_kernel(xi, u, self.dual, self.depth, self.kernel == "ntk")
+        if bool(((logs < -1e299) & (xi > 0)).any()):
+            raise ValueError(f"depth must be small enough for the kernel's logarithm to be finite, got {self.depth}")
+        return torch.softmax(logs.nan_to_num(neginf=-1e300), dim=0).T @ self.coefficients_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
