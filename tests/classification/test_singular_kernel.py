@@ -477,7 +477,7 @@ def test_predictions_converge(seed):
 
 
 def test_deep_tangent_classifiers_whose_kernel_underflows():
-    """54 to 100 of 100 rows of the kernel are zero in double precision here."""
+    """For 54 to 100 % of the test points all entries of the kernel are zero in double precision."""
     X, y, Z, _z = data(n=40, tests=200)
     near = torch.from_numpy(KNeighborsClassifier(1).fit(X, y).predict(Z))
     for dual, depth in ((NEAREST, 18), (NEAREST, 60), (Dual.optimal(20), 200)):
