@@ -38,7 +38,7 @@ def test_full_profile_runs(names):
         )  # at 40 layers each agrees with its own limit
     assert names["fitted"] == [1.0, 1.0]
     for rows in names["digits"].values():
-        assert rows.shape == (2, 6) and (rows > 0.3).all()
+        assert rows.shape == (2, 7) and (rows > 0.3).all()
 
 
 def test_data_sets_of_training_and_test_differ(names):
