@@ -249,6 +249,9 @@ def test_underflow():
     torch.testing.assert_close(log, 2.0**18 * torch.tensor([[0.3, 0.9]], dtype=D).log(), rtol=1e-12, atol=0)
     X, Y = with_cosine([0.0])
     assert S.nngp_kernel(X, Y, dual=NEAREST, depth=3, log=True).item() == -math.inf
+    across = torch.tensor([[-1e-8, 1.0]], dtype=D)  # a right angle up to rounding
+    assert S.nngp_kernel(X, across, dual=Dual.optimal(2), depth=3).item() == 0
+    assert S.nngp_kernel(X, across, dual=Dual.optimal(2), depth=3, log=True).item() == -math.inf
     assert S.nngp_kernel(X, Y, dual=MAJORITY, depth=1, log=True).item() == pytest.approx(math.log(0.2))
 
 
@@ -446,6 +449,7 @@ def test_types():
     assert [S.limit_type(dual) for dual in duals] == kinds
     assert S.limit_type(Dual.hermite([0, 0, 0, 1])) == "nearest"
     assert S.limit_type(Dual.hermite([0.5, 0.5])) == "undetermined"
+    assert S.limit_type(Dual.hermite([1e-6, 0.4, 0, 0.6 - 1e-6])) == "majority"  # however small the constant
 
 
 def test_the_majority_kernel_is_constant():
