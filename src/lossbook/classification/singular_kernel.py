@@ -541,8 +541,9 @@ def hilbert_weights(X_train: Tensor, X_test: Tensor, *, exponent: float) -> Tens
         _checks.finite(name, _checks.floating(name, X, 2)).double()
         for name, X in (("X_train", X_train), ("X_test", X_test))
     )
-    # A common power of two, which changes no digit of the weights, keeps squares from overflow and underflow.
+    # Where squares of such numbers would overflow or underflow, all are scaled by one power of two.
     power = torch.frexp(torch.maximum(X_train.abs().max(), X_test.abs().max())).exponent.clamp(min=-1000)
+    power = torch.where(power.abs() > 300, power, 0)
     u = _half_squares("X_test", torch.ldexp(X_train, -power), torch.ldexp(X_test, -power))
     return _votes(-exponent / 2 * u.log(), u)
 
