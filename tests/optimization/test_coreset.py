@@ -236,6 +236,11 @@ def test_rows_without_length_are_never_drawn_unless_all_are():
     assert A.sensitivity_sample(lone, 20, generator=g).indices.tolist() == [4]
 
 
+def test_the_least_uniform_number_draws_no_empty_row(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size, **options: torch.zeros(size, dtype=D))
+    assert A.sensitivity_sample(torch.tensor([[0.0], [0.0], [2.0], [1.0]]), 3).indices.tolist() == [2]
+
+
 def test_mix_bounds_the_weights():
     matrix = torch.cat([torch.full((1, 2), 1e6), torch.full((99, 2), 1e-6)])
     coreset = A.sensitivity_sample(matrix, 500, mix=0.1, generator=generator(0))
