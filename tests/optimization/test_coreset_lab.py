@@ -10,7 +10,7 @@ from lossbook.optimization import coreset as A
 
 SMALL = dict(
     components=4, sizes=(20, 30, 40), repetitions={"logistic": (3, 2, 2), "least squares": (2, 2, 2)}, other_repetitions=2,
-    queries=5, rounds=5, round_seeds=2, large=60, large_draws=3, clusters=3, starts=2, jobs=1,
+    queries=5, rounds=5, round_seeds=2, long_rounds=6, long_seeds=range(2), large=60, large_draws=3, clusters=3, starts=2, jobs=1,
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def test_full_profile(names):
                 assert cost > -1e-9 or name == "k-means", tau
     for trace in names["traces"].values():
         assert trace.shape == (2, 5, 2) and np.isfinite(trace).all()
-    assert len(names["exact"]) == 8
+    assert len(names["exact"]) == 8 and [[len(costs) for costs in row] for row in names["long_runs"]] == [[6, 6, 9]] * 2
 
 
 def test_the_fits_are_minimizers(names):
