@@ -676,6 +676,38 @@ def test_least_squares_and_clusters():
         clusters.fit(torch.tensor([3]), torch.ones(1))
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e6, 1e8])
+def test_clusters_far_from_zero(offset):
+    points = randn(200, 2, seed=0) + offset
+    problem = A.KMeansProblem(points, 30)
+    model = problem.fit_all()
+    slow = (points[:, None] - torch.as_tensor(model.cluster_centers_)).square().sum(-1).amin(1)
+    torch.testing.assert_close(problem.loss_vector(model), slow, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_points_of_no_weight(by_class):
+    """A uniform sample may hold them only, or a class by them only; it is drawn again, and no fit sees it."""
+    weights = torch.zeros(300, dtype=D)
+    weights[::25] = 1
+    problem = logistic(weights=weights)
+    problem.y[:50] = 1
+    seen = []
+
+    def fit(indices, v):
+        seen.append(len(problem.y[indices[v > 0]].unique()))
+        return problem.fit(indices, v)
+
+    result = A.auto_coreset(
+        300, problem.loss_vector, fit, 12, weights=weights, labels=problem.y.long(), by_class=by_class, generator=generator(0)
+    )  # fmt: skip
+    assert seen == [2] * result.num_fits
+    squares = least_squares(weights=weights[:200])
+    assert A.auto_coreset(
+        200, squares.loss_vector, squares.fit, 5, weights=weights[:200], generator=generator(0)
+    ).coreset
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 # ---------------------------------------------------------------------------------------------------------------------
@@ -711,6 +743,8 @@ def loop(**changes):
         (lambda: A.caratheodory(M, size=0), ValueError, "size must be at least 1"),
         (lambda: A.caratheodory(torch.empty(0, 2)), ValueError, "matrix must not be empty"),
         (lambda: A.summation_error(M, A.Coreset(torch.tensor([6]), torch.ones(1))), ValueError, "loss_vector must"),
+        (lambda: A.summation_error(M, [0, 1]), TypeError, "coreset must be a Coreset, got list"),
+        (lambda: loop(labels=torch.arange(6) // 5, weights=torch.tensor([1.0] * 5 + [0.0])), ValueError, "weights must be > 0 for a"),
         (lambda: A.Coreset(torch.tensor([1, 1]), torch.ones(2)), ValueError, "indices must be >= 0, distinct"),
         (lambda: A.Coreset(torch.tensor([-1]), torch.ones(1)), ValueError, "indices must be >= 0"),
         (lambda: A.Coreset(torch.tensor([1]), torch.ones(2)), ValueError, r"weights must have shape \(1,\)"),

@@ -115,6 +115,8 @@ def summation_error(matrix: Tensor, coreset: Coreset, weights: Tensor | None = N
         tensor(3.1623, dtype=torch.float64)
     """
     weights = _rows(matrix, weights)
+    if not isinstance(coreset, Coreset):
+        raise TypeError(f"coreset must be a Coreset, got {type(coreset).__name__}")
     return torch.linalg.vector_norm(coreset.cost(matrix.double()) - weights @ matrix.double())
 
 
@@ -204,7 +206,7 @@ def sensitivity_sample(
         matrix: shape ``(n, k)``, floating point, finite.
         size: draws :math:`\tau\ge1`, with replacement.
         weights: shape ``(n,)``, at least 0; None for ones.
-        mix: the share of a uniform distribution in p, in [0, 1]: no weight exceeds :math:`w_in/(\tau\,\mathrm{mix})`, and 1 is uniform sampling.
+        mix: the share of a uniform distribution in p, in [0, 1]: no draw weighs more than :math:`w_in/(\tau\,\mathrm{mix})`, and 1 is uniform sampling.
         generator: the source of randomness; None for torch's own.
 
     Returns:
@@ -514,7 +516,7 @@ def auto_coreset(
         size: :math:`\tau`, from 1 to n.
         weights: weights of the data, shape ``(n,)``, at least 0; None for ones.
         method: "sensitivity", "best_of_means" or "caratheodory", which reduces to ``size`` points.
-        labels: int64, shape ``(n,)``: samples that lack a class are drawn again.
+        labels: int64, shape ``(n,)``: samples that lack a class, or hold it with weight 0 only, are drawn again.
         by_class: with labels, sum class by class, with the sizes of :func:`allocate_by_class`.
         num_init: models that are fitted to uniform samples first.
         patience: stop after so many rounds in a row without a lower cost; "caratheodory" stops where the columns are as many as the points of a class of the coreset, too.
@@ -551,6 +553,8 @@ def auto_coreset(
     max_rounds, tol = _checks.positive_int("max_rounds", max_rounds), _checks.number("tol", tol, 0, 1)
     weights = _weights(weights, n)
     num_classes = 1 if labels is None else len(_labels(labels, n).unique())
+    if labels is not None and len(labels[weights > 0].unique()) < num_classes:
+        raise ValueError("weights must be > 0 for a point of each class of labels, got a class of weight 0")
     sizes = torch.tensor([size]) if labels is None else allocate_by_class(labels, size)
     smallest = int(sizes.min()) if by_class else size  # Carathéodory needs a point more than there are columns
     if method == "caratheodory" and smallest <= num_init:
@@ -569,10 +573,11 @@ def auto_coreset(
     def with_every_class(draw: Callable[[], Coreset], tries: int) -> Coreset:
         for _ in range(tries):
             coreset = draw()
-            if labels is None or len(labels[coreset.indices].unique()) == num_classes:
+            present = coreset.indices[coreset.weights > 0]
+            if len(present if labels is None else labels[present].unique()) >= num_classes:
                 return coreset
         raise ValueError(
-            f"size must be large enough that a sample has every class, got {size}: {tries} samples had not"
+            f"size must be large enough that a sample has weight, and every class, got {size}: {tries} samples had not"
         )
 
     def summation() -> Coreset:
@@ -767,4 +772,6 @@ class KMeansProblem(_Problem):
 
     def loss_vector(self, model: Any) -> Tensor:
         """The losses :math:`f_i` of all points, float64, shape ``(n,)``."""
-        return torch.cdist(self.X, torch.as_tensor(model.cluster_centers_)).amin(1).square()
+        centers = torch.as_tensor(model.cluster_centers_)
+        # By differences: squares and products lose all digits where the data are far from zero.
+        return torch.cdist(self.X, centers, compute_mode="donot_use_mm_for_euclid_dist").amin(1).square()
