@@ -10,7 +10,7 @@ from lossbook.optimization import coreset as A
 
 SMALL = dict(
     components=4, sizes=(20, 30, 40), repetitions={"logistic": (3, 2, 2), "least squares": (2, 2, 2)}, other_repetitions=2,
-    queries=5, rounds=5, round_seeds=2, long_rounds=6, long_seeds=range(2), large=60, large_draws=3, clusters=3, starts=2, jobs=1,
+    queries=5, rounds=5, round_seeds=2, long_rounds=6, long_seeds=range(2), large=(60, 300), large_draws=3, exact_seeds=range(8), clusters=3, starts=2, jobs=1,
 )  # fmt: skip
 
 
