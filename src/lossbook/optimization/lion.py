@@ -44,6 +44,10 @@ class Kernel:
         r"""The element of :math:`\partial\mathcal K(m)` that the optimizer moves along, in the shape of ``m``; 0 at kinks. O(d) time and memory."""
         raise NotImplementedError
 
+    def subgradient_(self, m: Tensor) -> Tensor:
+        """:meth:`subgradient`, in the memory of ``m``."""
+        return m.copy_(self.subgradient(m))
+
     def subgradients(self, ms: Sequence[Tensor]) -> Sequence[Tensor]:
         """:meth:`subgradient` of each tensor of a list."""
         return [self.subgradient(m) for m in ms]
@@ -100,6 +104,9 @@ class L1(_Box):
 
     def subgradient(self, m: Tensor) -> Tensor:
         return m.sign()
+
+    def subgradient_(self, m: Tensor) -> Tensor:
+        return m.sign_()
 
     def subgradients(self, ms: Sequence[Tensor]) -> Sequence[Tensor]:
         return torch._foreach_sign(list(ms))
@@ -438,11 +445,20 @@ class LionK(torch.optim.Optimizer):
             return
         for whole in zip(params, grads, buffers, strict=True):
             for p, g, b in _blocks(*whole) if self.kernel.separable else [whole]:
-                step = self.kernel.subgradient(torch.lerp(b, g, 1 - beta1).neg_())
+                step = self.kernel.subgradient_(torch.lerp(b, g, 1 - beta1, out=self._scratch(b)).neg_())
                 if decay != 1:
                     p.mul_(decay)
                 p.add_(step, alpha=lr)
                 b.lerp_(g, 1 - beta2)
+
+    def _scratch(self, like: Tensor) -> Tensor | None:
+        """Memory for the mixture of a block, the same at each step: new memory costs more time than the arithmetic."""
+        if like.device.type != "cpu" or torch.compiler.is_compiling() or like.numel() > BLOCK:
+            return None
+        kept = self.__dict__.setdefault("_kept", {})
+        if like.dtype not in kept:
+            kept[like.dtype] = like.new_empty(BLOCK)
+        return kept[like.dtype][: like.numel()].view(like.shape)
 
 
 def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
