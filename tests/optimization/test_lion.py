@@ -36,8 +36,10 @@ class Cubic(L.HalfSquare):
 
 
 @dataclass(frozen=True)
-class LogCosh(L.L1):
+class LogCosh(L.Kernel):
     """A smooth absolute value with the box as its domain."""
+
+    separable = True
 
     def value(self, m):
         return (torch.logaddexp(m, -m) - math.log(2)).sum()
@@ -45,8 +47,8 @@ class LogCosh(L.L1):
     def subgradient(self, m):
         return m.tanh()
 
-    def subgradients(self, ms):
-        return [self.subgradient(m) for m in ms]
+    def dual_norm(self, y):
+        return y.abs().amax()
 
     def _conjugate_inside(self, y):
         return (torch.special.xlog1py(1 + y, y) + torch.special.xlog1py(1 - y, -y)).sum() / 2
@@ -298,6 +300,16 @@ def test_kinks_and_extremes(dtype):
     assert torch.equal(x, torch.zeros(3, dtype=dtype))
     assert L.SoftThreshold(0.3).subgradient(torch.tensor([0.3, -0.3, 0.31])).tolist() == [0, 0, 1]
     assert L.Huber(0.5).value(torch.tensor([0.5, -2.0])).item() == pytest.approx(0.25 + 1.75)
+
+
+@every_kernel
+def test_three_forms_of_a_subgradient(kernel):
+    m = randn(3, 4)
+    wanted, place = kernel.subgradient(m), m.clone()
+    assert kernel.subgradient_(place) is place and torch.equal(place, wanted)
+    assert all(
+        torch.equal(a, kernel.subgradient(b)) for a, b in zip(kernel.subgradients([m, -m]), [m, -m], strict=True)
+    )
 
 
 def test_kernels_need_no_contiguous_memory():

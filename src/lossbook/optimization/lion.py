@@ -32,6 +32,10 @@ class Kernel:
 
     Attributes:
         separable: a class attribute; true if :math:`\mathcal K` is a sum over elements, so that a tensor may be handled in blocks.
+
+    Args: none; a kernel with parameters is a dataclass.
+
+    Source: Chen et al. 2024, Lion-K.
     """
 
     separable = False
@@ -45,7 +49,7 @@ class Kernel:
         raise NotImplementedError
 
     def subgradient_(self, m: Tensor) -> Tensor:
-        """:meth:`subgradient`, in the memory of ``m``."""
+        """:meth:`subgradient`, in the memory of ``m``. Like :meth:`subgradients` it only saves time, and who overrides one of the three overrides all."""
         return m.copy_(self.subgradient(m))
 
     def subgradients(self, ms: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -90,6 +94,8 @@ class _Box(Kernel):
 class L1(_Box):
     r""":math:`\|m\|_1`: the step is the sign, and the problem has the box :math:`\|x\|_\infty\le1/\lambda`. This is Lion.
 
+    Args: none.
+
     Source: Chen et al. 2024 (the kernel); Chen et al. 2023, arXiv 2302.06675 (Lion).
 
     Example:
@@ -125,6 +131,8 @@ class GroupL2(Kernel):
     Args:
         dim: the dimension, or dimensions, that a norm sums over; None for all, which makes one group. The optimizer applies it to each tensor.
 
+    Source: Chen et al. 2024, the table of kernels; conjugate derived in the chapter (prop-lion-dictionary).
+
     Example:
         >>> GroupL2(1).subgradient(torch.tensor([[3.0, -4.0], [0.0, 0.0]]))
         tensor([[ 0.6000, -0.8000],
@@ -152,6 +160,10 @@ class GroupL2(Kernel):
 class L2(GroupL2):
     r""":math:`\|m\|_2`: normalized momentum, and the ball :math:`\|x\|_2\le1/\lambda`.
 
+    Args: none.
+
+    Source: Chen et al. 2024, the table of kernels; conjugate derived in the chapter (prop-lion-dictionary).
+
     Example:
         >>> L2().subgradient(torch.tensor([3.0, -4.0]))
         tensor([ 0.6000, -0.8000])
@@ -169,6 +181,8 @@ class LpNorm(Kernel):
 
     Raises:
         TypeError, ValueError: for another ``p``.
+
+    Source: Chen et al. 2024, the table of kernels; conjugate derived in the chapter (prop-lion-dictionary).
 
     Example:
         >>> LpNorm(3).subgradient(torch.tensor([1.0, 2.0]))  # sign(m) |m|^2 / 9^(2/3)
@@ -195,6 +209,10 @@ class LpNorm(Kernel):
 @dataclass(frozen=True)
 class HalfSquare(Kernel):
     r""":math:`\frac12\|m\|_2^2`: gradient descent with momentum and decoupled decay, and :math:`f+\frac\lambda2\|x\|^2`.
+
+    Args: none.
+
+    Source: Chen et al. 2024, the table of kernels; conjugate derived in the chapter (prop-lion-dictionary).
 
     Example:
         >>> HalfSquare().conjugate(torch.tensor([1.0, 2.0]))
@@ -228,6 +246,8 @@ class Huber(_Box):
 
     Raises:
         TypeError, ValueError: for another ``e``.
+
+    Source: Chen et al. 2024, the table of kernels; conjugate derived in the chapter (prop-lion-dictionary).
 
     Example:
         >>> Huber(0.5).conjugate(torch.tensor([0.2, -0.8]))
@@ -263,6 +283,8 @@ class SoftThreshold(_Box):
     Raises:
         TypeError, ValueError: for another ``e``.
 
+    Source: Chen et al. 2024, the table of kernels; conjugate derived in the chapter (prop-lion-dictionary).
+
     Example:
         >>> SoftThreshold(0.5).subgradient(torch.tensor([0.4, -0.8]))
         tensor([ 0., -1.])
@@ -295,6 +317,8 @@ class TopK(Kernel):
 
     Raises:
         TypeError, ValueError: for another ``k``.
+
+    Source: Chen et al. 2024, the table of kernels; conjugate derived in the chapter (prop-lion-dictionary).
 
     Example:
         >>> TopK(2).subgradient(torch.tensor([0.1, -3.0, 2.0]))
