@@ -694,7 +694,7 @@ def test_kkt_residual(seed, lam):
 @every_kernel
 def test_foreach_and_blocks_are_the_plain_path(kernel, monkeypatch):
     """One trajectory to 1e-12, with tensors of several shapes, one of them with gaps and one of many blocks."""
-    shapes = ((3, 4), (7,), (50, 3), ())
+    shapes = ((5, 8), (7,), (50, 3), ())
     grads = [[randn(*shape, seed=20 * t + i) for i, shape in enumerate(shapes)] for t in range(25)]
     if isinstance(kernel, L.GroupL2) and kernel.dim is not None:
         shapes, grads = shapes[:3], [g[:3] for g in grads]
@@ -716,6 +716,13 @@ def test_real_blocks():
     run(optimizer, [x], [[g]])
     assert torch.allclose(x, wanted, atol=1e-6) and torch.allclose(optimizer.state[x]["exp_avg"], 0.01 * g, atol=1e-7)
     assert list(optimizer.state[x]) == ["exp_avg"]  # one buffer
+
+
+def test_two_dtypes_in_one_optimizer():
+    x, y = randn(5, dtype=torch.float32), randn(6)
+    wanted = [0.98 * p - 0.02 for p in (x, y)]
+    run(L.Lion([x, y], 0.02, weight_decay=1.0), [x, y], [[torch.ones(5), torch.ones(6, dtype=DOUBLE)]])
+    assert x.dtype == torch.float32 and torch.allclose(x, wanted[0]) and torch.allclose(y, wanted[1])
 
 
 def network(seed=0):
@@ -839,6 +846,23 @@ def test_compiled_step(foreach):
             path.append([p.clone() for p in params])
         paths.append(path)
     assert largest_difference(*paths) < 1e-12
+
+
+def test_compiler_sees_whole_tensors():
+    """Blocks are for eager mode: a compiler fuses the step itself."""
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(module, _inputs):
+        seen.extend(node for node in module.graph.nodes if "lerp" in str(node.target))
+        return module.forward
+
+    x = randn(3 * L.BLOCK)
+    x.grad = randn(3 * L.BLOCK, seed=1)
+    optimizer = L.Lion([x], 0.01)
+    optimizer.state[x]["exp_avg"] = torch.zeros_like(x)
+    torch.compile(optimizer.step, backend=backend)()
+    assert len(seen) == 2  # the mixture and the buffer
 
 
 def test_amp_loop():
