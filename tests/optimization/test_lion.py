@@ -295,6 +295,18 @@ def test_kinks_and_extremes(dtype):
             m = torch.tensor([[3.0, -4.0, 0.0], [1.0, 0.0, 0.0]], dtype=dtype)
             got = KERNELS[name].subgradient(scale * m)
             assert torch.allclose(got, KERNELS[name].subgradient(m), rtol=1e-5), (name, scale)
+    for kernel, y, norm in (
+        (L.LpNorm(1.01), (0.01, 0.02), 0.02),  # the dual exponent is 101
+        (L.LpNorm(1.01), (3.0, 5.0), 5.0),
+        (L.LpNorm(1.1), (5e3, 5e3), 5e3 * 2 ** (1 / 11)),
+        (L.L2(), (1e30, 1e30), 2**0.5 * 1e30),
+        (L.GroupL2(-1), (3e-30, 4e-30), 5e-30),
+    ):
+        assert kernel.dual_norm(torch.tensor(y, dtype=dtype)).item() == pytest.approx(norm, rel=1e-5)
+    assert L.L2().value(torch.tensor([1e30, 1e30], dtype=dtype)).item() == pytest.approx(2**0.5 * 1e30)
+    for name in KERNELS.keys() - {"half square", "cubic"}:
+        for bad in (math.nan, math.inf):
+            assert KERNELS[name].conjugate(torch.full((1, 2), bad, dtype=dtype)) == math.inf, name
     x = torch.zeros(3, dtype=dtype)
     run(L.LionK([x], L.L2(), 0.1, weight_decay=1.0), [x], [[torch.zeros(3, dtype=dtype)]] * 3)
     assert torch.equal(x, torch.zeros(3, dtype=dtype))
@@ -435,6 +447,9 @@ def test_decrease_by_hand():
     # Half square, beta1 = 0, beta2 = 1/2: mixture 1, m' = 0, y = 1/2, V = 1/2; eps = 1, c = 0.
     got = L.lyapunov_decrease(0 * one, -one, -one, L.HalfSquare(), betas=(0.0, 0.5), **options)
     assert [v.item() for v in got] == pytest.approx([0.25, 1.0, -0.25 + 0.125])
+    # Half square, 1/4 and 1/2, m = 1, g = 1: mixture -1/2, m' = 0, y = -1/4 = V; c = (1/4) / (1/2 + 3/4) = 1/5, and the factor of D2 is 2 c.
+    got = L.lyapunov_decrease(0 * one, one, one, L.HalfSquare(), betas=(0.25, 0.5), **options)
+    assert [v.item() for v in got] == pytest.approx([0.0625, 0.25, -1.2 * 0.0625 - 0.4 * 0.25 + 0.03125])
 
 
 def test_lyapunov_of_lion_along_a_run():
@@ -718,11 +733,76 @@ def test_real_blocks():
     assert list(optimizer.state[x]) == ["exp_avg"]  # one buffer
 
 
+@pytest.mark.parametrize(
+    "grad", [lambda d: randn(2, d).T, lambda d: randn(d, 1).expand(d, 2)], ids=["transposed", "expanded"]
+)
+def test_blocks_need_a_contiguous_gradient(grad):
+    grad = grad(L.BLOCK)
+    x, y = randn(L.BLOCK, 2), randn(L.BLOCK, 2)
+    run(L.Lion([x], 0.02, weight_decay=1.0), [x], [[grad]])
+    assert torch.allclose(x, 0.98 * y - 0.02 * grad.sign(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_even_kernels_need_no_negation(kernel_paths, foreach, lam):
+    """Bit for bit the path of the literal form."""
+    for kernel in KERNELS.values():
+        one, other = (kernel_paths(kernel, even, foreach, lam) for even in (True, False))
+        assert not kernel.even or all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), kernel
+
+
+@pytest.fixture
+def kernel_paths(monkeypatch):
+    def path(kernel, even, foreach, lam):
+        if kernel.even:
+            monkeypatch.setattr(type(kernel), "even", even)
+        params = [randn(40, 3, dtype=torch.float32), randn(7, 2, seed=1, dtype=torch.float32)]
+        grads = [[randn(*p.shape, seed=9 * t + p.numel(), dtype=torch.float32) for p in params] for t in range(20)]
+        grads[0][0][:5] = 0  # zeros in the mixture
+        optimizer = L.LionK(params, kernel, 0.02, weight_decay=lam, foreach=foreach)
+        run(optimizer, params, grads)
+        monkeypatch.undo()
+        return [*params, *(optimizer.state[p]["exp_avg"] for p in params)]
+
+    return path
+
+
+def test_empty_parameters_are_skipped():
+    for kernel in (L.L1(), L.L2(), L.LpNorm(1.5), L.TopK(2)):
+        x, empty = randn(3), torch.zeros(0, 2, dtype=DOUBLE)
+        run(L.LionK([x, empty], kernel, 0.1), [x, empty], [[torch.ones(3, dtype=DOUBLE), empty.clone()]])
+        assert not torch.equal(x, randn(3))
+
+
+def test_a_copy_steps_alike():
+    x = randn(4, 2)
+    optimizer = L.LionK([x], L.L2(), 0.1, foreach=True)
+    run(optimizer, [x], [[randn(4, 2, seed=1)]])
+    again = copy.deepcopy(optimizer)
+    (y,) = again.param_groups[0]["params"]
+    for one, p in ((optimizer, x), (again, y)):
+        run(one, [p], [[randn(4, 2, seed=2)]])
+    assert torch.equal(x, y) and again.foreach is True and y is not x
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_buffer_only():
+    """The pitfall of the docstring: with the sign, coordinates decay from then on; with another kernel NaN is visible."""
+    for kernel in (L.L1(), L.L2()):
+        x = torch.ones(2)
+        optimizer = L.LionK([x], kernel, 0.1, weight_decay=1.0)
+        run(optimizer, [x], [[torch.tensor([math.nan, 1.0])], [torch.ones(2)]])
+        assert optimizer.state[x]["exp_avg"].isnan()[0]
+        assert x[0] == pytest.approx(0.81) if isinstance(kernel, L.L1) else x[0].isnan()
+
+
 def test_two_dtypes_in_one_optimizer():
-    x, y = randn(5, dtype=torch.float32), randn(6)
-    wanted = [0.98 * p - 0.02 for p in (x, y)]
-    run(L.Lion([x, y], 0.02, weight_decay=1.0), [x, y], [[torch.ones(5), torch.ones(6, dtype=DOUBLE)]])
-    assert x.dtype == torch.float32 and torch.allclose(x, wanted[0]) and torch.allclose(y, wanted[1])
+    x, y, g, h = randn(5, dtype=torch.float32), randn(6), randn(5, seed=1, dtype=torch.float32), randn(6, seed=2)
+    wanted = [0.98 * p - 0.02 * 0.1 * q for p, q in ((x, g), (y, h))]
+    run(L.LionK([x, y], L.HalfSquare(), 0.02, weight_decay=1.0), [x, y], [[g, h]])
+    assert (
+        x.dtype == torch.float32 and torch.allclose(x, wanted[0]) and torch.allclose(y, wanted[1], rtol=0, atol=1e-12)
+    )
 
 
 def network(seed=0):
@@ -930,6 +1010,9 @@ def one(**options):
         (lambda: L.LionK([torch.zeros(2)], "l1"), TypeError, "kernel must be a Kernel, got str"),
         (lambda: L.LionK([torch.zeros(2)], L.L2(), scope="all"), ValueError, "scope must be 'tensor' or 'group', got 'all'"),
         (lambda: L.LionK([torch.zeros(2)], L.GroupL2(0), scope="group"), ValueError, "scope must be 'tensor' for GroupL2"),
+        (lambda: L.LionK([dict(params=[torch.zeros(2)], kernel=L.L2())], L.L1()), TypeError, "kernel is one for all parameter groups"),
+        (lambda: L.Lion([torch.zeros(2)], foreach="yes"), TypeError, "foreach must be a bool or None, got 'yes'"),
+        (lambda: L.L2(1), TypeError, "argument"),
         (lambda: L.Huber(0), ValueError, "e must be finite and > 0"),
         (lambda: L.SoftThreshold(-1.0), ValueError, "e must be finite and > 0"),
         (lambda: L.TopK(0), ValueError, "k must be at least 1"),

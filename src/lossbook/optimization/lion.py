@@ -11,7 +11,7 @@ Notation: ``x`` are parameters, ``weight_decay`` is :math:`\lambda`, decoupled, 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Kernel:
 
     Attributes:
         separable: a class attribute; true if :math:`\mathcal K` is a sum over elements, so that a tensor may be handled in blocks.
+        even: a class attribute; true if :math:`\mathcal K(-m)=\mathcal K(m)`, which saves the optimizer a negation. A subclass inherits it.
 
     Args: none; a kernel with parameters is a dataclass.
 
@@ -39,6 +40,7 @@ class Kernel:
     """
 
     separable = False
+    even = False
 
     def value(self, m: Tensor) -> Tensor:
         r""":math:`\mathcal K(m)`, shape ``()``, for a floating-point tensor of any shape. O(d) time."""
@@ -68,9 +70,9 @@ class Kernel:
         return (self.dual_norm(y) - 1).clamp(min=0)
 
     def conjugate(self, y: Tensor, tol: float = 1e-6) -> Tensor:
-        r""":math:`\mathcal K^*(y)`, shape ``()``; infinite where :meth:`domain_violation` exceeds ``tol``. O(d) time."""
+        r""":math:`\mathcal K^*(y)`, shape ``()``; infinite where :meth:`domain_violation` exceeds ``tol`` or is NaN. O(d) time."""
         _checks.number("tol", tol, 0)
-        return self._conjugate_inside(y).masked_fill(self.domain_violation(y) > tol, math.inf)
+        return self._conjugate_inside(y).masked_fill(~(self.domain_violation(y) <= tol), math.inf)
 
     def _conjugate_inside(self, y: Tensor) -> Tensor:
         """The conjugate in its domain: 0 for a norm."""
@@ -84,7 +86,7 @@ class Kernel:
 class _Box(Kernel):
     """What kernels share that are a sum over elements and have the box as their domain."""
 
-    separable = True
+    separable = even = True
 
     def dual_norm(self, y: Tensor) -> Tensor:
         return y.abs().amax()
@@ -119,9 +121,16 @@ class L1(_Box):
 
 
 def _largest(m: Tensor, dim: Any = None) -> Tensor:
-    """The largest absolute value, or 1 if all are zero: dividing by it first keeps powers from overflow and underflow."""
-    largest = m.abs().amax(dim=() if dim is None else dim, keepdim=dim is not None)
-    return torch.where(largest > 0, largest, 1.0)
+    """The largest absolute value, or 1 if it is 0 or not finite: dividing by it first keeps powers from overflow and underflow."""
+    largest = m.detach().abs().amax(dim=() if dim is None else dim, keepdim=dim is not None)
+    return torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
+
+
+def _norm(m: Tensor, p: float, dim: Any = None) -> Tensor:
+    """The p-norm, without overflow or underflow on the way."""
+    largest = _largest(m, dim)
+    norm = torch.linalg.vector_norm(m / largest, p, dim=dim)
+    return norm * largest.reshape(norm.shape)
 
 
 @dataclass(frozen=True)
@@ -139,13 +148,11 @@ class GroupL2(Kernel):
                 [ 0.0000,  0.0000]])
     """
 
+    even = True
     dim: int | tuple[int, ...] | None = -1
 
-    def _norms(self, m: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(m, dim=self.dim)
-
     def value(self, m: Tensor) -> Tensor:
-        return self._norms(m).sum()
+        return _norm(m, 2, self.dim).sum()
 
     def subgradient(self, m: Tensor) -> Tensor:
         scaled = m / _largest(m, self.dim)
@@ -153,7 +160,7 @@ class GroupL2(Kernel):
         return scaled / torch.linalg.vector_norm(scaled, dim=self.dim, keepdim=True).clamp(min=1)
 
     def dual_norm(self, y: Tensor) -> Tensor:
-        return self._norms(y).amax()
+        return _norm(y, 2, self.dim).amax()
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,7 @@ class L2(GroupL2):
         tensor([ 0.6000, -0.8000])
     """
 
-    dim: None = None
+    dim: None = field(default=None, init=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -189,13 +196,14 @@ class LpNorm(Kernel):
         tensor([0.2311, 0.9245])
     """
 
+    even = True
     p: float
 
     def __post_init__(self):
         _checks.number("p", self.p, 1)
 
     def value(self, m: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(m, self.p)
+        return _norm(m, self.p)
 
     def subgradient(self, m: Tensor) -> Tensor:
         scaled = m / _largest(m)
@@ -203,7 +211,7 @@ class LpNorm(Kernel):
         return scaled.sign() * (scaled.abs() / norm) ** (self.p - 1)
 
     def dual_norm(self, y: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(y, math.inf if self.p == 1 else self.p / (self.p - 1))
+        return _norm(y, math.inf if self.p == 1 else self.p / (self.p - 1))
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,7 @@ class HalfSquare(Kernel):
         tensor(2.5000)
     """
 
-    separable = True
+    separable = even = True
 
     def value(self, m: Tensor) -> Tensor:
         return m.square().sum() / 2
@@ -325,6 +333,7 @@ class TopK(Kernel):
         tensor([ 0., -1.,  1.])
     """
 
+    even = True
     k: int
 
     def __post_init__(self):
@@ -348,9 +357,7 @@ class TopK(Kernel):
 # The optimizers
 # ---------------------------------------------------------------------------------------------------------------------
 
-BLOCK = (
-    2**17
-)  # elements handled at a time on a CPU: four blocks fit the cache, so each number crosses the memory bus once
+BLOCK = 2**18  # elements handled at a time on a CPU: few calls, and what a block needs stays in the cache
 
 
 class LionK(torch.optim.Optimizer):
@@ -362,6 +369,9 @@ class LionK(torch.optim.Optimizer):
         x\leftarrow(1-\eta\lambda)x+\eta\nabla\mathcal K\bigl(-\beta_1b-(1-\beta_1)g\bigr),\qquad b\leftarrow\beta_2b+(1-\beta_2)g .
 
     For :math:`\lambda>0` its problem is eq-lion-objective, whatever :math:`\eta` and the betas are. To *reach* the solution the learning rate must decay.
+
+    A NaN or infinite gradient stays in the buffer for good. With :class:`L1` it does not show: the sign of NaN is 0 in PyTorch, so these coordinates only
+    decay from then on, and the loss stays finite. Skip such steps. Parameters in half precision lose steps below their resolution: keep them in float32.
 
     Args:
         params: parameters, or parameter groups; a group may have its own ``lr``, ``betas`` and ``weight_decay``.
@@ -377,8 +387,8 @@ class LionK(torch.optim.Optimizer):
     Raises:
         TypeError, ValueError: for a wrong type or value, naming the argument; at a step for a sparse gradient, or once ``lr * weight_decay`` is 1 or more.
 
-    Complexity: O(d) time a step; one buffer of memory. Beside it, on a CPU, a separable kernel needs O(1), else O(d of the largest tensor); with
-    ``foreach`` or the scope "group" O(d).
+    Complexity: O(d) time a step; one buffer of memory. Beside it, on a CPU, a separable kernel needs O(1) for tensors that are contiguous, else O(d of the
+    largest tensor); with ``foreach`` or the scope "group" O(d).
 
     Source: Chen et al. 2024, Lion-K; the order (the step uses the old buffer) as in the Lion code of google/automl.
 
@@ -408,6 +418,8 @@ class LionK(torch.optim.Optimizer):
             raise ValueError(f"scope must be 'tensor' or 'group', got {scope!r}")
         if scope == "group" and isinstance(kernel, GroupL2) and kernel.dim is not None:
             raise ValueError("scope must be 'tensor' for GroupL2, whose groups are slices of a tensor, got 'group'")
+        if foreach is not None and not isinstance(foreach, bool):
+            raise TypeError(f"foreach must be a bool or None, got {foreach!r}")
         # Not among the group's options, so that a state_dict holds tensors and numbers only.
         self.kernel, self.scope, self.foreach = kernel, scope, foreach
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
@@ -418,6 +430,9 @@ class LionK(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check a group's numbers, and add it; raises as the constructor."""
         options = {**self.defaults, **param_group}
+        for name in ("kernel", "scope", "foreach"):
+            if name in options:
+                raise TypeError(f"{name} is one for all parameter groups, got {options[name]!r} in a group")
         _step_numbers(options["lr"], options["betas"], options["weight_decay"])
         super().add_param_group(param_group)
 
@@ -436,9 +451,8 @@ class LionK(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if group["lr"] * group["weight_decay"] >= 1:
-                raise ValueError(f"lr * weight_decay must be < 1, got {group['lr']} * {group['weight_decay']}")
-            params = [p for p in group["params"] if p.grad is not None]
+            _step_numbers(group["lr"], group["betas"], group["weight_decay"])
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]
             if not params:
                 continue
             grads = [p.grad for p in params]
@@ -452,10 +466,13 @@ class LionK(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> None:
         lr, (beta1, beta2), decay = group["lr"], group["betas"], 1 - group["lr"] * group["weight_decay"]
+        even = self.kernel.even
+        along = -lr if even else lr  # an even kernel steps back along the mixture of gradients: no negation
         many = params[0].device.type != "cpu" if self.foreach is None else self.foreach
         if self.scope == "group" or (many and len(params) > 1):
             mixtures = torch._foreach_lerp(buffers, grads, 1 - beta1)
-            torch._foreach_neg_(mixtures)
+            if not even:
+                torch._foreach_neg_(mixtures)
             if self.scope == "group":
                 joint = self.kernel.subgradient(torch.cat([m.flatten() for m in mixtures]))
                 parts = joint.split([m.numel() for m in mixtures])
@@ -464,16 +481,17 @@ class LionK(torch.optim.Optimizer):
                 steps = self.kernel.subgradients(mixtures)
             if decay != 1:
                 torch._foreach_mul_(params, decay)
-            torch._foreach_add_(params, steps, alpha=lr)
+            torch._foreach_add_(params, steps, alpha=along)
             torch._foreach_lerp_(buffers, grads, 1 - beta2)
             return
         for whole in zip(params, grads, buffers, strict=True):
             for p, g, b in _blocks(*whole) if self.kernel.separable else [whole]:
-                step = self.kernel.subgradient_(torch.lerp(b, g, 1 - beta1, out=self._scratch(b)).neg_())
+                mixture = torch.lerp(b, g, 1 - beta1, out=self._scratch(b))
+                b.lerp_(g, 1 - beta2)  # now, while both are in the cache
+                step = self.kernel.subgradient_(mixture if even else mixture.neg_())
                 if decay != 1:
                     p.mul_(decay)
-                p.add_(step, alpha=lr)
-                b.lerp_(g, 1 - beta2)
+                p.add_(step, alpha=along)
 
     def _scratch(self, like: Tensor) -> Tensor | None:
         """Memory for the mixture of a block, the same at each step: new memory costs more time than the arithmetic."""
