@@ -587,6 +587,29 @@ def value(A, b, x):
     return (x @ A @ x / 2 - b @ x).item()
 
 
+def test_residual_follows_the_dissipation():
+    """prop-lion-residual: the gap of the gradient against that of the momentum, and the momentum against the gradient."""
+    lr, lam, betas = 0.01, 1.0, (0.9, 0.95)
+    for seed in range(5):
+        A, b = box_problem(seed)
+        smoothness, d = torch.linalg.eigvalsh(A)[-1].item(), len(b)
+        x = torch.zeros_like(b)
+        optimizer = L.Lion([x], lr, betas, lam)
+        m, grad = randn(d, seed=seed), A @ x - b
+        optimizer.state[x]["exp_avg"] = -m
+        apart = (m + grad).norm().item()
+        for t in range(1, 201):
+            mixture = torch.lerp(-grad, m, betas[0])
+            x.grad, before = grad, x.clone()
+            delta1 = L.lyapunov_decrease(
+                before, m, grad, L.L1(), smoothness=smoothness, lr=lr, betas=betas, weight_decay=lam
+            )[0]
+            optimizer.step()
+            m, grad = -optimizer.state[x]["exp_avg"], A @ x - b
+            assert L.kkt_residual(x, grad, lam) <= delta1 + 2 * (mixture + grad).abs().sum() + 1e-10
+            assert (m + grad).norm() <= betas[1] ** t * apart + 2 * smoothness * lr * d**0.5 / (1 - betas[1]) + 1e-10
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_lion_solves_the_box(seed):
     A, b = box_problem(seed)
