@@ -69,10 +69,12 @@ notebook: $(INSTALLED)
 # requirements.txt is what the extras of pyproject.toml resolve to beside one torch and its torchvision. The libraries of
 # torch's CUDA build, and a local version label such as +cpu, belong to one machine and are not pins.
 TORCH := torch==2.13.0 torchvision==0.28.0
+# From 4.25 on, jsonschema compiles a grammar of URIs when it is imported, which is a second or two in every notebook.
+FAST := jsonschema==4.24.1
 pins:
 	rm -rf .venv-pins && $(PYTHON) -m venv .venv-pins
 	.venv-pins/bin/python -m pip install --quiet $(TORCH)
-	.venv-pins/bin/python -m pip install --quiet ".[lab,full,book,test,bench,assign]" $(TORCH) jupyterlab ruff
+	.venv-pins/bin/python -m pip install --quiet ".[lab,full,book,test,bench,assign]" $(TORCH) $(FAST) jupyterlab ruff
 	.venv-pins/bin/python -m pip freeze --exclude lossbook | sed -e 's/+[a-z0-9]*$$//' -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton/d' > requirements.txt
 	rm -rf .venv-pins
 
