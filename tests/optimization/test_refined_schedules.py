@@ -143,10 +143,9 @@ def test_bound_of_any_schedule(seed, T):
         assert p.f(last) - p.f(p.u) <= bound * (1 + 1e-12)
 
 
-def test_bounds_are_attained_in_simple_cases():
-    """f(x) = G|x|: one-sided runs meet the conversion bound's regret with equality, so a smaller constant would be wrong."""
+def test_bound_is_attained():
+    """f(x) = G max_i x_i from 0 against u = -D / sqrt(T): the bound is met with equality, so no smaller constant is right."""
     D, G, T = 1.0, 2.0, 4
-    # d >= T: f(x) = G max_i x_i from 0 against u = -D/sqrt(d) is the resisting function; every bound must be above it.
     x, w = torch.zeros(T, dtype=F64), torch.full((T,), D / (G * T**0.5), dtype=F64)
     for eta in R.weights_to_learning_rates(w)[:-1]:
         subgradient = torch.zeros(T, dtype=F64)
@@ -244,6 +243,7 @@ def test_minimized_schedule_is_a_minimum():
     with pytest.warns(UserWarning, match="max_iter"):
         R.minimize_schedule_bound(G, D, max_iter=1)
     assert R.minimize_schedule_bound(G.float(), D).dtype == torch.float32
+    assert not R.minimize_schedule_bound(G.clone().requires_grad_(), D).requires_grad
     with torch.no_grad():
         torch.testing.assert_close(R.minimize_schedule_bound(7 * G, 2 * D), 2 / 7 * eta, rtol=1e-4, atol=0)
 
@@ -414,8 +414,9 @@ def test_schedulers_follow_the_table_in_each_group(kind):
     model = network()
     optimizer = optimizers(model, "sgd")
     scheduler = SCHEDULERS[kind](optimizer)
-    table = scheduler.table
-    wanted = R.named_schedule("linear", 12, warmup_steps=3).tolist() if kind == "linear" else table
+    refined = R.refined_schedule(torch.linspace(3, 1, 12, dtype=F64), tau=None)
+    wanted = (R.named_schedule("linear", 12, warmup_steps=3) if kind == "linear" else refined).tolist()
+    assert scheduler.table == wanted  # in double precision
     for k in range(12):
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1 * wanted[k], 0.02 * wanted[k]])
         optimizer.step()
@@ -442,6 +443,8 @@ def test_a_run_resumes_from_its_checkpoint(kind, name):
     other_optimizer = optimizers(other, name)
     other_scheduler = R.TabulatedLR(other_optimizer, [1.0])  # the checkpoint brings its own table
     other_recorder = R.GradNormRecorder(other.parameters(), ord=1)
+    other[0].weight.grad = torch.ones(8, 4, dtype=F64)
+    other_recorder.record()  # forgotten when the checkpoint is loaded
     loaded = torch.load(file, weights_only=True)
     for part, saved in zip((other, other_optimizer, other_scheduler, other_recorder), loaded, strict=True):
         part.load_state_dict(saved)
@@ -599,6 +602,8 @@ def test_float32_at_the_extremes():
     k = torch.arange(T, dtype=F64)
     got = R.refined_schedule(torch.full((T,), 0.3), tau=None).double()
     torch.testing.assert_close(got, (T - 1 - k) / (T - 1), rtol=1e-6, atol=1e-9)
+    rates = R.weights_to_learning_rates(torch.full((T,), 0.3)).double()
+    torch.testing.assert_close(rates[-5:], 0.3 * (T - 1 - k[-5:]) / T, rtol=1e-4, atol=0)
     strided = torch.linspace(1, 2, 20, dtype=F64)[::2]
     torch.testing.assert_close(R.refined_schedule(strided), R.refined_schedule(strided.contiguous()))
 
