@@ -570,6 +570,13 @@ def test_gradients():
     assert torch.autograd.gradcheck(R.weights_to_learning_rates, (w,))
     assert torch.autograd.gradcheck(lambda a: (R.optimal_weights(a, 1.5), R.optimal_bound(a, 1.5)), (G,))
     assert torch.autograd.gradcheck(lambda a: R.refined_schedule(a, tau=None), (G,))
+    # With a floor the median counts as a constant: the gradient is that of the raised norms.
+    level = 0.9 * G.detach().median()
+    assert (G < level).any()
+    with_floor, by_hand = R.refined_schedule(G, tau=None, floor=0.9), R.refined_schedule(G.clamp(min=level), tau=None)
+    found, wanted = (torch.autograd.grad(table @ eta.detach(), G)[0] for table in (with_floor, by_hand))
+    torch.testing.assert_close(found, wanted)
+    assert (found[G < level] == 0).all() and found.any()
 
 
 def test_transforms():
@@ -595,9 +602,23 @@ def test_float32_at_the_extremes():
     assert R.optimal_weights(G, 1.0).tolist() == pytest.approx([1e20 / 1.5, 1e20 / 1.5, 1e20 / 6], rel=1e-5)
     G = torch.tensor([1e25, 1e25, 1e-5])  # squares of ratios underflow in float32
     assert R.refined_schedule(G, tau=None).tolist() == pytest.approx([1.0, 1.0, 0.0])
+    for big in (1e25, 1e38):
+        assert R.weights_to_learning_rates(torch.full((5,), big)).tolist() == pytest.approx(
+            [big * (1 - t / 5) for t in range(1, 6)], rel=1e-5
+        )
+    for size in (1e25, 1e-25):  # D = w = size, G = 1: of the order of size, though its square is no float32
+        w, ones = torch.full((4,), size), torch.ones(4)
+        assert R.weighted_bound(w, ones, size).item() == pytest.approx(size * 5 / 8, rel=1e-5)
+        wanted = size * R.schedule_bound(ones, ones, 1.0).item()
+        assert R.schedule_bound(w, ones, size).item() == pytest.approx(wanted, rel=1e-5)
+    assert R.refined_schedule(torch.tensor([1e25, 1.0, 1.0]), tau=None, power=20).tolist() == [0.0, 1.0, 0.0]
+    assert R.refined_schedule(torch.tensor([1e170, 1.0, 1.0], dtype=F64), tau=None)[1:].tolist() == [1.0, 0.0]
+    for far in (torch.full((3,), 1e-20), torch.full((3,), 1e25), torch.full((3,), 1e-160, dtype=F64)):
+        with pytest.raises(ValueError, match="grad_norms to the power -2 leave torch.float"):
+            R.refined_schedule(far, normalize=False)
     half = R.refined_schedule(torch.tensor([2.0, 1.0, 1.0], dtype=torch.float16), tau=None)
     assert half.dtype == torch.float32 and half.tolist() == pytest.approx([0.5, 1.0, 0.0])
-    # a long table: tails summed from the small end keep their digits
+    # a long table: tails summed from the end on keep their digits
     T = 100_000
     k = torch.arange(T, dtype=F64)
     got = R.refined_schedule(torch.full((T,), 0.3), tau=None).double()
@@ -673,7 +694,7 @@ def test_bad_numbers(bad):
         (lambda: R.refined_schedule(torch.ones(3), floor=0), ValueError, "floor must be"),
         (lambda: R.refined_schedule(torch.ones(3), floor=2.0), ValueError, "floor must lie in"),
         (lambda: R.refined_schedule(-torch.ones(3), floor=0.1), ValueError, "grad_norms must be >= 0"),
-        (lambda: R.refined_schedule(torch.zeros(3), floor=0.1), ValueError, "grad_norms must be finite and > 0"),
+        (lambda: R.refined_schedule(torch.zeros(3), floor=0.1), ValueError, "grad_norms must have a median > 0"),
         (lambda: R.weighted_bound(torch.ones(3), torch.ones(4), 1.0), ValueError, "grad_norms must have 3 entries"),
         (lambda: R.schedule_bound(torch.ones(3), torch.ones(1), 1.0), ValueError, "grad_norms must have at least"),
         (lambda: R.schedule_bound(torch.ones(3), torch.ones(3), "1"), TypeError, "distance must be a number"),
@@ -694,6 +715,19 @@ def test_bad_numbers(bad):
         (lambda: R.TabulatedLR(torch.optim.SGD([torch.ones(1)], lr=1.0), []), ValueError, "table must not be empty"),
         (lambda: R.TabulatedLR(torch.optim.SGD([torch.ones(1)], lr=1.0), [math.nan]), ValueError, "table must be fin"),
         (lambda: R.TabulatedLR(torch.optim.SGD([torch.ones(1)], lr=1.0), torch.ones(2, 2)), ValueError, "table must h"),
+        (
+            lambda: R.refined_schedule(torch.tensor([0.0, 0, 0, 1, 1]), floor=0.5),
+            ValueError,
+            "grad_norms must have a med",
+        ),
+        (lambda: R.named_schedule(["linear"], 5), ValueError, "name must be one of constant"),
+        (lambda: R.GradNormRecorder(nn.Linear(2, 1)), TypeError, "parameters must be"),
+        (lambda: R.GradNormRecorder([torch.ones(1)], ord=True), ValueError, "ord must be 1 or 2"),
+        (
+            lambda: R.GradNormRecorder(torch.ones(1)).load_state_dict({"norms": torch.ones(2, 2), "ord": 2}),
+            ValueError,
+            "norms must have 1",
+        ),
         (lambda: R.GradNormRecorder([]), TypeError, "parameters must be"),
         (lambda: R.GradNormRecorder(["x"]), TypeError, "parameters must be"),
         (lambda: R.GradNormRecorder([torch.ones(1)], ord=3), ValueError, "ord must be 1 or 2"),

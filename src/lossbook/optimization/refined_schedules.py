@@ -34,7 +34,7 @@ def _positive(name: str, value: Tensor, length: int | None = None) -> Tensor:
 
 
 def _tail_sums(values: Tensor) -> Tensor:
-    """The sum from each entry to the last one, added from the small end."""
+    """The sum from each entry to the last one, added from the end on."""
     return values.flip(0).cumsum(0).flip(0)
 
 
@@ -60,7 +60,7 @@ def last_iterate_identity(values: Tensor, weights: Tensor) -> tuple[Tensor, Tens
 
     Complexity: O(T) time and memory.
 
-    Source: Defazio et al., the lemma behind their theorems 1 and 2.
+    Source: Defazio et al., the lemma behind the conversion theorem and the bound of any schedule.
 
     Example:
         >>> mean, correction = last_iterate_identity(torch.tensor([4.0, 2.0, 3.0]), torch.ones(3))
@@ -93,7 +93,7 @@ def last_iterate_step(x: Tensor, delta: Tensor, weights: Tensor, t: int) -> Tens
 
     Complexity: O(T) time for the sums, in addition to the size of ``x``.
 
-    Source: Defazio et al., theorem 1.
+    Source: Defazio et al., the conversion theorem.
 
     Example:
         >>> last_iterate_step(torch.zeros(2), torch.tensor([4.0, -4.0]), torch.ones(4), t=1)
@@ -122,14 +122,15 @@ def weights_to_learning_rates(weights: Tensor) -> Tensor:
 
     Complexity: O(T) time and memory.
 
-    Source: Defazio et al., corollary of theorem 1.
+    Source: Defazio et al., corollary of the conversion theorem.
 
     Example:
         >>> weights_to_learning_rates(torch.tensor([1.0, 2.0, 3.0, 4.0]))
         tensor([0.9000, 1.4000, 1.2000, 0.0000])
     """
-    tails = _tail_sums(weights := _positive("weights", weights))
-    return weights * torch.cat([tails[1:], tails.new_zeros(1)]) / tails[0]
+    wide = _positive("weights", weights).double()  # products of float32 weights may leave float32
+    tails = _tail_sums(wide)
+    return (wide * torch.cat([tails[1:], tails.new_zeros(1)]) / tails[0]).to(_checks.wide(weights).dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def weighted_bound(weights: Tensor, grad_norms: Tensor, distance: float) -> Tens
 
     Complexity: O(T) time and memory.
 
-    Source: Defazio et al., corollary of theorem 1.
+    Source: Defazio et al., corollary of the conversion theorem.
 
     Example:
         >>> weighted_bound(torch.full((4,), 0.5), torch.ones(4), 1.0)  # D G / sqrt(T)
@@ -164,7 +165,8 @@ def weighted_bound(weights: Tensor, grad_norms: Tensor, distance: float) -> Tens
     weights = _positive("weights", weights)
     grad_norms = _positive("grad_norms", grad_norms, len(weights))
     distance = _checks.positive_number("distance", distance)
-    return (distance**2 + (weights * grad_norms).square().sum()) / (2 * weights.sum())
+    wide, norms = weights.double(), grad_norms.double()  # squares of float32 numbers may leave float32
+    return ((distance**2 + (wide * norms).square().sum()) / (2 * wide.sum())).to(weights.dtype)
 
 
 def optimal_weights(grad_norms: Tensor, distance: float) -> Tensor:
@@ -182,7 +184,7 @@ def optimal_weights(grad_norms: Tensor, distance: float) -> Tensor:
 
     Complexity: O(T) time and memory.
 
-    Source: Defazio et al., theorem 3.
+    Source: Defazio et al., the theorem on the refined schedule.
 
     Example:
         >>> optimal_weights(torch.tensor([2.0, 1.0, 1.0]), 1.5)
@@ -211,7 +213,7 @@ def optimal_bound(grad_norms: Tensor, distance: float) -> Tensor:
 
     Complexity: O(T) time and memory.
 
-    Source: Defazio et al., theorem 3.
+    Source: Defazio et al., the theorem on the refined schedule.
 
     Example:
         >>> optimal_bound(torch.full((4,), 3.0), 1.0)  # D G / sqrt(T)
@@ -241,7 +243,7 @@ def schedule_bound(learning_rates: Tensor, grad_norms: Tensor, distance: float) 
 
     Complexity: O(T) time and memory.
 
-    Source: Defazio et al., theorem 2.
+    Source: Defazio et al., the bound of any schedule.
 
     Example:
         >>> schedule_bound(torch.full((2,), 0.5), torch.ones(2), 1.0)
@@ -250,9 +252,10 @@ def schedule_bound(learning_rates: Tensor, grad_norms: Tensor, distance: float) 
     rates = _positive("learning_rates", learning_rates)
     grad_norms = _positive("grad_norms", grad_norms, len(rates))
     distance = _checks.positive_number("distance", distance)
-    tails, squares = _tail_sums(rates), _tail_sums((rates * grad_norms).square())
-    correction = (rates[:-1] / tails[:-1] * squares[:-1] / tails[1:]).sum()
-    return (distance**2 + squares[0]) / (2 * tails[0]) + correction / 2
+    wide, norms = rates.double(), grad_norms.double()  # squares of float32 numbers may leave float32
+    tails, squares = _tail_sums(wide), _tail_sums((wide * norms).square())
+    correction = (wide[:-1] / tails[:-1] * squares[:-1] / tails[1:]).sum()
+    return ((distance**2 + squares[0]) / (2 * tails[0]) + correction / 2).to(rates.dtype)
 
 
 def minimize_schedule_bound(grad_norms: Tensor, distance: float, *, max_iter: int = 5000) -> Tensor:
@@ -272,7 +275,7 @@ def minimize_schedule_bound(grad_norms: Tensor, distance: float, *, max_iter: in
 
     Complexity: O(T) time and memory for an iteration. Needs SciPy.
 
-    Source: Defazio et al., numerical schedules from theorem 2.
+    Source: Defazio et al., numerical schedules from the bound of any schedule.
 
     Example:
         >>> rates = minimize_schedule_bound(torch.ones(100), 1.0)
@@ -362,18 +365,19 @@ def refined_schedule(
         tau: window of :func:`smooth_grad_norms`; None leaves the norms as they are.
         normalize: divide by the largest rate, as the paper's plots do: a table of factors for :class:`TabulatedLR`, the default because the
             base rate has to be tuned again in any case. False gives :math:`w_tw_{t+1:T}/w_{1:T}`, as the released function does.
-        floor: raise norms to this share of their median, in (0, 1]; zeros are then allowed. Off by default. One norm near zero takes
-            the whole schedule otherwise.
+        floor: raise norms to this share of their median, in (0, 1]; zeros are then allowed, if the median is > 0. For gradients the median
+            counts as a constant. Off by default. One norm near zero takes the whole schedule otherwise.
 
     Returns:
         Shape ``(T,)``, float32 or wider; the last entry is 0.
 
     Raises:
-        TypeError, ValueError: for a wrong type, shape or value, naming the argument.
+        TypeError, ValueError: for a wrong type, shape or value, naming the argument; without ``normalize`` also where the rates are
+            too large or too small for the dtype.
 
     Complexity: O(T) time and memory, and that of the filter.
 
-    Source: Defazio et al., theorem 3 and the algorithm; the powers are those of the official code.
+    Source: Defazio et al., the theorem on the refined schedule and the algorithm; the powers are those of the official code.
 
     Example:
         >>> refined_schedule(torch.tensor([4.0, 2.0, 1.0, 1.0]), tau=None)  # warm-up without a rule for it
@@ -385,15 +389,21 @@ def refined_schedule(
         _checks.floating("grad_norms", grad_norms, 1)
         if _checks.known_false(grad_norms >= 0):
             raise ValueError(f"grad_norms must be >= 0 everywhere, got {grad_norms.min():g}")
-        grad_norms = grad_norms.clamp(min=floor * grad_norms.detach().median())
+        median = grad_norms.detach().median()
+        if _checks.known_false(median > 0):
+            raise ValueError("grad_norms must have a median > 0 where there is a floor, got 0")
+        grad_norms = grad_norms.clamp(min=floor * median)
     grad_norms = _positive("grad_norms", grad_norms)
     if tau is not None:
         grad_norms = smooth_grad_norms(grad_norms, tau)
     # Powers of ratios in double precision: the table is short, and squares of float32 norms may leave float32.
     least = grad_norms.min().double()
-    rates = weights_to_learning_rates((least / grad_norms.double()) ** power)
-    rates = rates / rates.max() if normalize else rates * least**-power
-    return rates.to(grad_norms.dtype)
+    weights = (least / grad_norms.double()) ** power
+    rates = weights_to_learning_rates(weights.clamp(min=torch.finfo(torch.float64).tiny))
+    rates = (rates / rates.max() if normalize else rates * least**-power).to(grad_norms.dtype)
+    if _checks.known_false(torch.isfinite(rates) & (rates.max() > 0)):
+        raise ValueError(f"grad_norms to the power -{power:g} leave {rates.dtype}, got norms from {least:g}: normalize")
+    return rates
 
 
 def named_schedule(name: str, total_steps: int, *, warmup_steps: int = 0, offset: float = 1.0) -> Tensor:
@@ -437,7 +447,7 @@ def named_schedule(name: str, total_steps: int, *, warmup_steps: int = 0, offset
         "cosine": (1 + (torch.pi * share).cos()) / 2,
         "linear": 1 - share,
     }
-    if name not in shapes:
+    if not isinstance(name, str) or name not in shapes:
         raise ValueError(f"name must be one of {', '.join(shapes)}, got {name!r}")
     warmup = torch.arange(1, warmup_steps + 1, dtype=torch.float64) / max(warmup_steps, 1)
     return torch.cat([warmup, shapes[name]])
@@ -512,7 +522,7 @@ class LinearDecayLR(TabulatedLR):
     Raises:
         TypeError, ValueError: for a wrong optimizer or number, naming the argument; for a step beyond the last.
 
-    Source: Defazio et al., corollary of theorem 1 and their recommendation.
+    Source: Defazio et al., corollary of the conversion theorem, and their recommendation.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -551,10 +561,11 @@ class GradNormRecorder:
     """
 
     def __init__(self, parameters: Tensor | Iterable[Tensor], ord: int = 2):
-        self.parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        several = [parameters] if isinstance(parameters, Tensor) else parameters
+        self.parameters = list(several) if isinstance(several, Iterable) else []
         if not self.parameters or not all(isinstance(p, Tensor) for p in self.parameters):
             raise TypeError("parameters must be one or more tensors, such as model.parameters()")
-        if ord not in (1, 2):
+        if type(ord) is not int or ord not in (1, 2):
             raise ValueError(f"ord must be 1 or 2, got {ord!r}")
         self.ord = ord
         self._norms: list[Tensor] = []
@@ -583,4 +594,4 @@ class GradNormRecorder:
         """Continue the record of a checkpoint; its ``ord`` must be the recorder's."""
         if state["ord"] != self.ord:
             raise ValueError(f"ord must be {self.ord}, as in the recorder, got a state with {state['ord']}")
-        self._norms = list(state["norms"].to(self.parameters[0].device))
+        self._norms = list(_checks.floating("norms", state["norms"], 1).to(self.parameters[0].device))
