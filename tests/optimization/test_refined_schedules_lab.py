@@ -11,6 +11,8 @@ from lossbook import lab
 from lossbook.optimization import refined_schedules as R
 
 SMALL = dict(
+    draws=range(2),
+    orders=range(2),
     seeds=range(2),
     steps=60,
     epochs=2,
