@@ -1,0 +1,1 @@
+"""Optimization: how it is minimized."""

@@ -1,0 +1,12 @@
+"""Tests of ``lossbook.optimization.large_steps``."""
+
+# The theorems as properties
+
+
+# Closed forms
+
+
+# Limits
+
+
+# Bad input
