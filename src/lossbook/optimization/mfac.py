@@ -480,6 +480,7 @@ class MFAC(torch.optim.Optimizer):
             g = g + weight_decay * torch.cat([p.flatten().to(dtype) for p in params])
         return g if self._mask is None else g * self._mask
 
+    @torch.compiler.disable  # in a compiled training step, too: nothing to fuse here, and a number is read
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step. A ``closure``, if given, computes loss and gradients once, before it, and its loss is returned."""
@@ -600,7 +601,7 @@ def obs_update(weights: Tensor, inverse: StaticInverseFisher, drop_index: Tensor
     _checks.indices("drop_index", drop_index, len(w))
     if len(drop_index.unique()) < len(drop_index):
         raise ValueError("drop_index must hold different indices, got one twice")
-    if joint:
+    if joint and len(drop_index):
         columns = inverse.mul(F.one_hot(drop_index, len(w)).to(w.dtype))
         delta = torch.linalg.solve(columns[:, drop_index], -w[drop_index]) @ columns
     else:
