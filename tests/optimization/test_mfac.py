@@ -634,13 +634,14 @@ def test_diagonal_fisher_moves_only_what_is_dropped():
     assert torch.equal(M.obs_update(w, inverse, drop[:0], joint=True), torch.zeros(9).double())
 
 
-def reference_prune(w, grad_fn, sparsity, damping, rounds):
-    """Rounds with dense inverses of the alive weights."""
+def reference_prune(w, grad_fn, sparsity, damping, rounds, block=30):
+    """Rounds with dense inverses of the alive weights, in blocks of neighbors among them."""
     d, w = len(w), w.clone()
     alive = [i for i in range(d) if w[i] != 0]
     start = len(alive) / d
     for j in range(1, rounds + 1):
-        inverse = dense(grad_fn(w)[:, alive], damping)
+        parts = grad_fn(w)[:, alive].split(block, dim=1)
+        inverse = torch.block_diag(*(dense(part, damping) for part in parts))
         score = [(w[i].item() ** 2 / 2 / inverse[k, k].item(), k) for k, i in enumerate(alive)]
         stay = round(d * start * ((1 - sparsity) / start) ** (j / rounds))
         gone = [k for _, k in sorted(score)[: len(alive) - stay]]
@@ -661,6 +662,7 @@ def test_rounds_against_dense_inverses(rounds, dead):
     calls = []
 
     def grad_fn(weights):
+        assert torch.is_grad_enabled()
         calls.append(weights.clone())
         return X * torch.tanh(X @ weights)[:, None]
 
@@ -669,6 +671,8 @@ def test_rounds_against_dense_inverses(rounds, dead):
     start = (30 - dead) / 30
     assert counts == [round(30 * start * (0.2 / start) ** (j / rounds)) for j in range(rounds + 1)]
     close(found, reference_prune(w, grad_fn, 0.8, 1e-2, rounds), 1e-8)
+    found = M.prune_obs(w, grad_fn, 0.8, damping=1e-2, num_grads=12, rounds=rounds, block_size=5)
+    close(found, reference_prune(w, grad_fn, 0.8, 1e-2, rounds, block=5), 1e-8)
     assert len({tuple(c.tolist()) for c in calls[:rounds]}) == rounds  # fresh weights each round
 
 
