@@ -255,6 +255,19 @@ def test_zero_gradients_and_extreme_sizes(kind):
         assert torch.isfinite(found).all()
 
 
+@pytest.mark.parametrize("scale", [1e4, 1e8, 1e15])
+def test_huge_parallel_gradients(scale):
+    """Beyond float64 the damping is lost in rounding; the factorization goes through all the same."""
+    G = scale * (draw(0, 1, 50) + 1e-6 * draw(1, 32, 50))
+    for rows in (G, G[:1].expand(32, 50)):
+        for size in (None, 8):
+            assert torch.isfinite(M.StaticInverseFisher(rows, 1e-5, block_size=size).mul(rows[0])).all()
+        window = M.DynamicInverseFisher(32, 50, 1e-5)
+        for g in rows.float():
+            u = window.update_mul(g)
+        assert torch.isfinite(u).all()
+
+
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
 

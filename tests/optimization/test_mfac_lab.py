@@ -54,7 +54,9 @@ def test_every_run_is_there(full):
     assert len({len(rates) for rates in full["RATES"].values()}) == 1  # the same tuning for all
     for (_method, window, _rate, _seed, steps), found in trained.items():
         if math.isfinite(found["loss"]) and window:
-            assert found["shares"].shape == found["others"].shape == found["cosines"].shape == (round(steps / 2),)  # before the first milestone
+            assert (
+                found["shares"].shape == found["others"].shape == found["cosines"].shape == (round(steps / 2),)
+            )  # before the first milestone
             assert found["shares"].max() <= 1.01 and (np.abs(found["cosines"]) <= 1.001).all()
             assert found["coefficients"][0].shape == (window, window)
             if window == 1:

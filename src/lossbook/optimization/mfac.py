@@ -91,10 +91,21 @@ def static_recursion(grads: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     return V, q
 
 
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Cholesky factor of positive definite float64 matrices. Where rounding has made one indefinite, as it does for huge gradients that are nearly
+    parallel, a multiple of the rounding error is added to the diagonal."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed.any():
+        return factor
+    rounding = 32 * torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).amax(-1)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.cholesky(matrix + rounding[..., None, None] * eye)
+
+
 def _factor(gram: Tensor, damping: float) -> Tensor:
     r"""Cholesky factor of :math:`S=\lambda^{-1}GG^\top+mI` from :math:`GG^\top`, in float64; of each matrix of a batch."""
     m = gram.shape[-1]
-    return torch.linalg.cholesky(gram.double() / damping + m * torch.eye(m, dtype=torch.float64, device=gram.device))
+    return _cholesky(gram.double() / damping + m * torch.eye(m, dtype=torch.float64, device=gram.device))
 
 
 def dynamic_coefficients(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -213,7 +224,7 @@ class StaticInverseFisher:
             if self._narrow:
                 eye = torch.eye(size, dtype=torch.float64, device=grads.device)
                 fisher = _gram(some.mT) / m + self.damping * eye
-                factors.copy_(torch.cholesky_inverse(torch.linalg.cholesky(fisher)))
+                factors.copy_(torch.cholesky_inverse(_cholesky(fisher)))
             else:
                 C = _factor(_gram(some), self.damping)
                 for page, values in _pages(some):
