@@ -466,7 +466,6 @@ def test_checkpoint_goes_to_the_device_of_the_parameters():
 def test_a_gpu_gives_the_same():
     net, batches = net_and_batches()
     options = dict(lr=0.02, num_grads=4, damping=1e-2, momentum=0.5)
-    wanted = train(copy.deepcopy(net), M.MFAC(net.parameters(), **options), [])
     optimizer = M.MFAC(net.parameters(), **options)
     train(net, optimizer, batches[:6])
     there = copy.deepcopy(net).cuda()
