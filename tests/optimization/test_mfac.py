@@ -295,7 +295,7 @@ def test_pages_change_nothing(monkeypatch, page):
     settings_ = [dict(), dict(block_size=4), dict(block_size=7)]
     whole = [M.StaticInverseFisher(G, 0.1, **s).mul(x) for s in settings_] + [filled(G, 0.1).mul(x)]
     updated = filled(G, 0.1).update_mul(x)
-    monkeypatch.setattr(M, "_PAGE", page)
+    monkeypatch.setitem(M._PAGE, "cpu", page)
     paged = [M.StaticInverseFisher(G, 0.1, **s).mul(x) for s in settings_] + [filled(G, 0.1).mul(x)]
     for a, b in zip(paged, whole, strict=True):
         close(a, b, 1e-12)

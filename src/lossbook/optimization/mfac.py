@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from lossbook import _checks
 
-_PAGE = 2**22  # elements that are held in float64 at a time: 32 MB
+# Elements that are held in float64 at a time. On a CPU 2 MB stay in its cache; an accelerator wants few and large operations.
+_PAGE = {"cpu": 2**18}
+_PAGE_ELSEWHERE = 2**24
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The matrix, and the paper's recursions
@@ -152,9 +154,14 @@ def dynamic_coefficients(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _per_page(piece: Tensor) -> int:
+    """How many pieces of this size make a page, at least one."""
+    return max(1, _PAGE.get(piece.device.type, _PAGE_ELSEWHERE) // piece.numel())
+
+
 def _pages(rows: Tensor, *others: Tensor) -> Iterator[tuple]:
     """Slices of the last dimension, and what lies there in ``rows`` and in others as wide, in float64."""
-    width = max(1, _PAGE // rows[..., 0].numel())
+    width = _per_page(rows[..., 0])
     for start in range(0, rows.shape[-1], width):
         page = slice(start, start + width)
         yield page, *(value[..., page].double() for value in (rows, *others))
@@ -220,7 +227,7 @@ class StaticInverseFisher:
         self.block_size, self._narrow = size, size < m
         blocks = F.pad(grads, (0, count * size - self.dim)).view(m, count, size).transpose(0, 1)  # (b, m, B)
         self._factors = grads.new_empty(count, min(m, size), size)  # Y, or the inverses of narrow blocks
-        for some, factors in zip(*(t.split(max(1, _PAGE // (m * size))) for t in (blocks, self._factors)), strict=True):
+        for some, factors in zip(*(t.split(_per_page(blocks[0])) for t in (blocks, self._factors)), strict=True):
             if self._narrow:
                 eye = torch.eye(size, dtype=torch.float64, device=grads.device)
                 fisher = _gram(some.mT) / m + self.damping * eye
