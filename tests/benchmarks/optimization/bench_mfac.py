@@ -110,7 +110,7 @@ def run(small: bool = False) -> tuple[list[Row], list[Slope]]:
     note = "above the window; " + bar(dynamic / 1024, 2, "GB")
     rows.append(Row(PART, SLUG, "dynamic update and product", "", "d = 10⁶, m = 64", in_fresh_process(_time, "update", 1_000_000, 64, 3), memory_mb=dynamic, note=note))  # fmt: skip
     # Sizes whose results are beyond 32 MB: below, the C library keeps memory between calls, and a slope would measure that.
-    ds = (320_000, 640_000) if small else (320_000, 640_000, 1_280_000)
+    ds = (320_000, 640_000) if small else (320_000, 640_000, 1_280_000, 2_560_000)
     for what, name, m in (
         ("build", "StaticInverseFisher", 32), ("product", "StaticInverseFisher.mul", 32), ("update", "DynamicInverseFisher.update_mul", 32),
     ):  # fmt: skip
