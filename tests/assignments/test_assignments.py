@@ -484,7 +484,7 @@ def test_file_that_cannot_be_read_is_not_graded(tmp_path):
 def test_commands_name_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit):
         grade.main([str(tmp_path), str(tmp_path / "grades.csv")])
-    assert "--part must be one of classification, similarity" in capsys.readouterr().err
+    assert f"--part must be one of {', '.join(PARTS)}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         grade.main([str(tmp_path), str(tmp_path / "grades.csv"), "--part", "similarity"])
     assert f"there is no .ipynb file in {tmp_path}" in capsys.readouterr().err
