@@ -63,7 +63,7 @@ def _steps(d, m, repeats):
     return timed(*steps, repeats=repeats)
 
 
-def _time(what, d, m, repeats=5):
+def _time(what, d, m, repeats):
     """Milliseconds of one operation at one size, in float32."""
     grads = torch.randn(m, d)
     if what == "build":
@@ -114,13 +114,13 @@ def run(small: bool = False) -> tuple[list[Row], list[Slope]]:
     for what, name, m in (
         ("build", "StaticInverseFisher", 32), ("product", "StaticInverseFisher.mul", 32), ("update", "DynamicInverseFisher.update_mul", 32),
     ):  # fmt: skip
-        times = [in_fresh_process(_time, what, d, m) for d in ds]
+        times = [in_fresh_process(_time, what, d, m, 11) for d in ds]
         slopes.append(Slope(name, "time", f"d = {ds[0]} to {ds[-1]}, m = {m}", exponent(ds, times), "1 (O(dm²) or O(dm))"))  # fmt: skip
     for what, name, d, ms, claim in (
         ("build", "StaticInverseFisher", 20_000, (256, 512, 1024), "2 (O(dm²))"),
         ("product", "StaticInverseFisher.mul", 200_000, (64, 128, 256, 512), "1 (O(dm))"),
         ("update", "DynamicInverseFisher.update_mul", 200_000, (64, 128, 256, 512), "1 (O(dm + m³), m³ small here)"),
     ):
-        times = [in_fresh_process(_time, what, d, m, 3) for m in ms]
+        times = [in_fresh_process(_time, what, d, m, 5) for m in ms]
         slopes.append(Slope(name, "time", f"m = {ms[0]} to {ms[-1]}, d = {d}", exponent(ms, times), claim))
     return rows, slopes
