@@ -611,6 +611,19 @@ def test_removing_one_weight(seed, m, d, data):
     assert cost <= (other @ matrix @ other / 2).item() + 1e-12
 
 
+@pytest.mark.parametrize("block", [None, 64])
+def test_saliencies_stay_positive_where_float32_loses_all_digits(block):
+    """1/λ minus a sum leaves less than nothing there; the diagonal keeps its bound 1 / F_qq, and so no strong weight goes first."""
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(64, 64, generator=generator) * 10 ** (4 * torch.rand(64, generator=generator) - 2)
+    fisher = M.empirical_fisher(G.double(), 1e-5).diagonal().float()
+    inverse = M.StaticInverseFisher(G, 1e-5, block_size=block)
+    assert (1e5 - inverse._factors.square().sum(1) <= 0).any()
+    assert (inverse.diagonal() >= 0.999 / fisher).all()
+    assert (M.obs_saliency(torch.ones(64), inverse) <= 0.501 * fisher).all()
+    assert all(inverse.entry(i, i) > 0 for i in range(64))
+
+
 @few
 @given(seed=seeds, m=sizes, d=st.integers(2, 20), data=st.data())
 def test_joint_update_is_the_constrained_minimum(seed, m, d, data):

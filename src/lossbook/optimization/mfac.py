@@ -227,7 +227,10 @@ class StaticInverseFisher:
         self.block_size, self._narrow = size, size < m
         blocks = F.pad(grads, (0, count * size - self.dim)).view(m, count, size).transpose(0, 1)  # (b, m, B)
         self._factors = grads.new_empty(count, min(m, size), size)  # Y, or the inverses of narrow blocks
-        for some, factors in zip(*(t.split(_per_page(blocks[0])) for t in (blocks, self._factors)), strict=True):
+        self._floor = None if self._narrow else grads.new_empty(count, size)  # of the diagonal
+        per_page = _per_page(blocks[0])
+        floors = [None] * math.ceil(count / per_page) if self._narrow else self._floor.split(per_page)
+        for some, factors, floor in zip(blocks.split(per_page), self._factors.split(per_page), floors, strict=True):
             if self._narrow:
                 eye = torch.eye(size, dtype=torch.float64, device=grads.device)
                 fisher = _gram(some.mT) / m + self.damping * eye
@@ -236,6 +239,7 @@ class StaticInverseFisher:
                 C = _factor(_gram(some), self.damping)
                 for page, values in _pages(some):
                     factors[..., page] = torch.linalg.solve_triangular(C, values, upper=False) / self.damping
+                    floor[..., page] = 1 / (self.damping + values.square().mean(1))
         self._denominators = None
         if block_size is None:
             C = _factor(_gram(grads), self.damping) if self._narrow else C[0]
@@ -264,10 +268,10 @@ class StaticInverseFisher:
         return product.permute(2, 0, 1).flatten(1)[:, : self.dim].reshape(x.shape)
 
     def diagonal(self) -> Tensor:
-        r"""The diagonal of :math:`\hat F^{-1}`, shape ``(d,)``."""
+        r"""The diagonal of :math:`\hat F^{-1}`, shape ``(d,)``; positive: rounding takes no entry below its bound :math:`1/\hat F_{qq}`."""
         if self._narrow:
             return self._factors.diagonal(dim1=1, dim2=2).flatten()[: self.dim]
-        return (1 / self.damping - self._factors.square().sum(1)).flatten()[: self.dim]
+        return (1 / self.damping - self._factors.square().sum(1)).maximum(self._floor).flatten()[: self.dim]
 
     def entry(self, i: int, j: int) -> Tensor:
         r"""The entry :math:`[\hat F^{-1}]_{ij}`, a tensor of shape ``()``; an IndexError where there is no such entry."""
@@ -279,7 +283,8 @@ class StaticInverseFisher:
             return self._factors.new_zeros(())
         if self._narrow:
             return self._factors[block, row, column]
-        return float(i == j) / self.damping - (self._factors[block, :, row] * self._factors[block, :, column]).sum()
+        product = (self._factors[block, :, row] * self._factors[block, :, column]).sum()
+        return (1 / self.damping - product).maximum(self._floor[block, row]) if i == j else -product
 
 
 # ---------------------------------------------------------------------------------------------------------------------
