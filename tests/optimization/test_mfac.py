@@ -624,6 +624,26 @@ def test_saliencies_stay_positive_where_float32_loses_all_digits(block):
     assert all(inverse.entry(i, i) > 0 for i in range(64))
 
 
+def test_autocast_takes_no_digits():
+    """The references, the saliencies and both updates under autocast are those without it."""
+    G, w = torch.randn(8, 30, generator=torch.Generator().manual_seed(0)), torch.linspace(1, 2, 30)
+
+    def everything():
+        inverse, drop = M.StaticInverseFisher(G, 0.1), torch.tensor([1, 2, 5])
+        updates = [M.obs_update(w, inverse, drop, joint=joint) for joint in (True, False)]
+        return [M.empirical_fisher(G, 0.1), *M.static_recursion(G, 0.1), M.obs_saliency(w, inverse), *updates]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        under = everything()
+    for a, b in zip(under, everything(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_pruning_that_leaves_no_weight_ends():
+    """A sparsity that rounds to no weight at all, reached before the last round."""
+    assert not M.prune_obs(torch.ones(4), lambda w: torch.eye(4), 0.99, num_grads=4, rounds=8).any()
+
+
 @few
 @given(seed=seeds, m=sizes, d=st.integers(2, 20), data=st.data())
 def test_joint_update_is_the_constrained_minimum(seed, m, d, data):

@@ -56,7 +56,9 @@ def empirical_fisher(grads: Tensor, damping: float) -> Tensor:
                 [0.5000, 1.5000]])
     """
     grads, damping = _gradients(grads), _checks.positive_number("damping", damping)
-    return grads.T @ grads / len(grads) + damping * torch.eye(grads.shape[1], dtype=grads.dtype, device=grads.device)
+    eye = torch.eye(grads.shape[1], dtype=grads.dtype, device=grads.device)
+    with torch.autocast(grads.device.type, enabled=False):
+        return grads.T @ grads / len(grads) + damping * eye
 
 
 def static_recursion(grads: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -87,9 +89,10 @@ def static_recursion(grads: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """
     grads, damping = _gradients(grads), _checks.positive_number("damping", damping)
     V, q = grads / damping, grads.new_full((len(grads),), float(len(grads)))
-    for i, g in enumerate(grads):
-        V[i] -= (V[:i] @ g / q[:i]) @ V[:i]
-        q[i] += g @ V[i]
+    with torch.autocast(grads.device.type, enabled=False):
+        for i, g in enumerate(grads):
+            V[i] -= (V[:i] @ g / q[:i]) @ V[:i]
+            q[i] += g @ V[i]
     return V, q
 
 
@@ -626,7 +629,8 @@ def obs_update(weights: Tensor, inverse: StaticInverseFisher, drop_index: Tensor
         raise ValueError("drop_index must hold different indices, got one twice")
     if joint and len(drop_index):
         columns = inverse.mul(F.one_hot(drop_index, len(w)).to(w.dtype))
-        delta = torch.linalg.solve(columns[:, drop_index], -w[drop_index]) @ columns
+        with torch.autocast(w.device.type, enabled=False):
+            delta = torch.linalg.solve(columns[:, drop_index], -w[drop_index]) @ columns
     else:
         target = torch.zeros_like(w)
         target[drop_index] = -w[drop_index] / inverse.diagonal()[drop_index]
@@ -720,6 +724,8 @@ def prune_obs(
     alive = w.nonzero()[:, 0]
     start = len(alive) / len(w)
     for j in range(1, rounds + 1 if target < start else 1):
+        if not len(alive):  # rounded to none
+            break
         with torch.enable_grad():
             grads = _checks.floating("grad_fn's gradients", grad_fn(w.clone()), 2)
         if grads.shape != (num_grads, len(w)):
