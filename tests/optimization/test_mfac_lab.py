@@ -22,7 +22,7 @@ def few_images(*, train):
 
 SMALL = dict(
     net=lambda: lab.ResNet(width=4, blocks=(1, 1)), batch=8, steps=7, tuning_steps=2, windows=(1, 4), dimensions=(200, 400), dense=(50,),
-    cost_window=4, pruned_steps=3, num_grads=6, block=50, sparsities=(0.8, 0.9), gradient_counts=(4, 6), seeds=range(2),
+    cost_window=4, pruned_steps=3, num_grads=6, block=50, sparsities=(0.8, 0.9), gradient_counts=(4, 6), seeds=range(2), fresh=range(2),
 )  # fmt: skip
 
 
@@ -62,13 +62,16 @@ def test_every_run_is_there(full):
             if window == 1:
                 np.testing.assert_allclose(found["cosines"], 1, atol=1e-2)
                 np.testing.assert_allclose(found["others"], 0, atol=1e-6)
+                assert found["afresh"] == 0
+            else:
+                assert abs(found["afresh"]) < 1.01 and (found["afresh"] or steps < 4)
     assert len(full["pruned"]) == 6 * 2 * 2 + 2 + 2
     assert all(0 <= a <= 1 and math.isfinite(loss) for loss, a in full["pruned"].values())
     assert max(full["differences"]) < 1e-8 and set(full["seconds"]) == {50, 200, 400}
 
 
 def test_every_claim_is_asked(full):
-    assert len(full["claims"]) == 14 and "joint-update" not in full["claims"]  # too large for all weights of a ResNet
+    assert len(full["claims"]) == 15 and "joint-update" not in full["claims"]  # too large for all weights of a ResNet
     assert "expected" not in full["claims"]["above-first-order"]  # this excuse is that of the quick profile
 
 
@@ -129,3 +132,11 @@ def test_quick_splits_do_not_overlap(full):
     everything = torch.cat([a, b]).flatten(1).sum(1).sort().values
     assert torch.equal(everything, lab.load_digits().images.flatten(1).sum(1).sort().values)
     assert parameters_to_vector(lab.MLP([64, 32, 10]).parameters()).numel() == 2410
+
+
+def test_gradients_taken_afresh(full, monkeypatch):
+    """With the same batch again and again, today's gradient of an earlier one is the step's own: the same share of the bound."""
+    monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.arange(8))
+    monkeypatch.setitem(full["size"], "decay", (0, 0, 0))
+    found = full["train"]("M-FAC", 4, 1e-4, 0, 4)
+    assert found["afresh"] == pytest.approx(found["shares"][1], rel=1e-3)
