@@ -75,7 +75,7 @@
     figure.layout.xaxis ??= {};
     figure.layout.yaxis ??= {};
     for (const [path, value] of Object.entries(themeColors(figure.layout))) setPath(figure.layout, path, value);
-    if (plot.clientWidth < 500) Object.assign((figure.layout.legend ??= {}), { orientation: "h", x: 0, y: -0.25, yanchor: "top" });
+    if (plot.clientWidth < 500) Object.assign((figure.layout.legend ??= {}), { orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom" });
     await Plotly.newPlot(plot, {
       data: figure.data,
       layout: figure.layout,

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum")
+NO_CLASS = torch.iinfo(
+    torch.int64
+).min  # for F.cross_entropy, which ignores the class -100 if it is not told another one
 
 
 def known_false(condition: Tensor) -> bool:

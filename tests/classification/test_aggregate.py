@@ -227,6 +227,41 @@ def test_float32_extremes(level):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", ["bce_with_logits", "cross_entropy"])
+@pytest.mark.parametrize("scale", [1.0, 10.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_log_domain_is_left_only_where_nothing_underflows(loss, scale, dtype, monkeypatch):
+    """Without peaks, where all probabilities are known to be far from underflow, the loss and its gradient are the same."""
+    for seed in range(20):
+        f, y, bag = random_bags(seed, loss, scale=scale)
+        f = f.detach().to(dtype).requires_grad_()
+        both = []
+        for known_false in (A._checks.known_false, lambda condition: False):  # as on an accelerator: always with peaks
+            monkeypatch.setattr(A._checks, "known_false", known_false)
+            value = A.bag_loss(f, y.to(dtype), bag, loss=loss, reduction="none")
+            (gradient,) = torch.autograd.grad(value.sum() * 2**16, f)  # with the scale of mixed precision
+            monkeypatch.undo()
+            assert value.isfinite().all() and gradient.isfinite().all()
+            both.append((value, gradient))
+        rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-12, 1e-13)
+        torch.testing.assert_close(both[0][0], both[1][0], rtol=rtol, atol=atol)
+        torch.testing.assert_close(both[0][1], both[1][1], rtol=rtol, atol=atol * 2**16)
+        exact = f.detach().double()
+        p = exact.softmax(1) if exact.ndim == 2 else torch.stack([(-exact).sigmoid(), exact.sigmoid()], 1)
+        share = y if y.ndim == 2 else torch.stack([1 - y, y], 1)
+        slow = [-(share[i] * p[bag == i].mean(0).log()).sum() for i in range(len(y))]
+        torch.testing.assert_close(both[0][0].double(), torch.stack(slow), rtol=rtol, atol=10 * atol)
+
+
+def test_gradients_of_small_probabilities_survive_the_scale_of_mixed_precision():
+    """Here 1 over the mean probability, times the scale, is beyond float32, and the gradient is not."""
+    logits = torch.tensor([[-80.0, 0.0], [-82.0, 0.0]], requires_grad=True)
+    loss = A.bag_loss(logits, torch.tensor([[1.0, 0.0]]), torch.tensor([0, 0]), loss="cross_entropy")
+    (gradient,) = torch.autograd.grad(loss * 2**16, logits)
+    weight = torch.tensor([0.0, -2.0]).softmax(0)[:, None]
+    torch.testing.assert_close(gradient, 2**16 * torch.tensor([[-1.0, 1.0]]) * weight)
+
+
 def test_dtypes_transforms_and_compile():
     for loss in LOSSES:
         f, y, bag = random_bags(12, loss)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import nn
 
 from lossbook.classification import comp_sum as C
@@ -358,6 +359,21 @@ def test_bound_is_exact_for_tiny_excess_and_one_at_the_end(tau):
     assert C.consistency_bound(end * 1.001, tau=tau, num_classes=4).item() == 1
 
 
+@pytest.mark.parametrize("tau", [300.0, 700.0, 1e6])
+@pytest.mark.parametrize("form", C.FORMS)
+def test_bound_where_the_slope_underflows(tau, form):
+    excess = torch.tensor([0.0, 1e-3, 1.0], requires_grad=True)
+    bound = C.consistency_bound(excess, tau=tau, num_classes=10, form=form)
+    assert bound[0].item() == 0 and (bound[1:] >= bound[:-1]).all()
+    if form == "sharp":  # tau - 1 times the excess, whatever the number of classes
+        torch.testing.assert_close(bound, ((tau - 1) * excess).clamp(max=1))
+    else:
+        assert (bound[1:] >= 1).all()
+    if form in ("exact", "sharp"):
+        (slope,) = torch.autograd.grad(bound.sum(), excess)
+        assert not slope.isnan().any() and bound[2].item() == 1
+
+
 def test_simple_bounds_as_printed():
     t = torch.tensor([0.01, 3.0], dtype=torch.float64)
     simple = lambda tau: C.consistency_bound(t, tau=tau, num_classes=100, form="simple")  # noqa: E731
@@ -537,6 +553,19 @@ def test_gap_bound_is_the_integral():
     assert ours.item() == pytest.approx(integral, rel=1e-12)
 
 
+@pytest.mark.parametrize("tau", [0, 0.5, 1, 1.7, 2, 700.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gap_bound_keeps_its_digits_and_is_never_negative(tau, dtype):
+    least = 999 * math.exp(-2 * 0.1)
+    below, above = torch.tensor([least * (1 - 9e-7), least * (1 + 9e-7)], dtype=torch.float64).to(dtype)
+    assert C.minimizability_gap_bound(below, tau=tau, num_classes=1000, score_bound=0.1).item() == 0
+    ours = C.minimizability_gap_bound(above, tau=tau, num_classes=1000, score_bound=0.1).item()
+    with mpmath.workdps(50):  # what was rounded is the risk, not the difference of two terms that nearly agree
+        low, high, e = mpmath.mpf(999) * mpmath.exp(-mpmath.mpf("0.2")), mpmath.mpf(above.item()), 1 - mpmath.mpf(tau)
+        exact = mpmath.log((1 + high) / (1 + low)) if e == 0 else ((1 + high) ** e - (1 + low) ** e) / e
+    assert ours == pytest.approx(float(exact), rel=0.1 if dtype == torch.float32 else 1e-8, abs=1e-300)
+
+
 # --- against an adversary ---------------------------------------------------------------------------------------------
 
 
@@ -616,6 +645,15 @@ def test_smooth_loss_where_nothing_moved():
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (smooth, clean)))
 
 
+def test_smooth_loss_with_weight_zero_is_the_clean_loss():
+    logits, target = random_logits(9)
+    logits.requires_grad_()
+    smooth = C.smooth_adversarial_comp_sum_loss(logits, logits.detach() + 1e3, target, tau=0.5, rho=2.0, nu=0)
+    clean = C.comp_sum_loss(logits / 2, target, tau=0.5)
+    torch.testing.assert_close(smooth, clean, rtol=0, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (smooth, clean)))
+
+
 def test_smooth_loss_by_hand():
     logits, moved = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[-1.0, 0.0, 2.0]])
     # differences (2, 1) become (-1, -3): a movement of length 5; rho = 2 halves the scores
@@ -688,6 +726,33 @@ def test_perturb_improves_with_steps(norm):
     for fewer, more in itertools.pairwise(found):
         assert (more >= fewer - 1e-6).all()  # the best seen is kept
     assert found[-1].mean() > 1.5 * found[0].mean()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_perturb_takes_steps_of_two_and_a_half_radii_in_all(steps):
+    model, x, target = network(), torch.rand(32, 12), torch.arange(32) % 5
+    run = lambda **options: C.perturb(  # noqa: E731
+        model, x, target, radius=0.2, steps=steps, norm="l2", bounds=None, generator=torch.Generator().manual_seed(3), **options
+    )  # fmt: skip
+    assert torch.equal(run(), run(step_size=2.5 * 0.2 / steps))
+    for other in (2.5 * 0.2, 2 * 0.2 / steps):
+        assert torch.equal(run(), run(step_size=other)) == (other == 2.5 * 0.2 / steps)
+
+
+@pytest.mark.parametrize("shape", [(20_000, 1), (5000, 3), (2000, 2, 4)])
+def test_perturb_starts_uniformly_in_the_ball(shape):
+    x, target = torch.full(shape, 7.0), torch.zeros(shape[0], dtype=torch.int64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 2))
+    for norm in ("linf", "l2"):
+        start = C.perturb(
+            model, x, target, radius=0.5, steps=0, norm=norm, bounds=None, generator=torch.Generator().manual_seed(0)
+        )
+        delta = ((start - x) / 0.5).flatten(1).double()
+        d = delta.shape[1]
+        uniform = delta.flatten() / 2 + 0.5 if norm == "linf" else delta.norm(dim=1) ** d
+        assert stats.kstest(uniform.numpy(), "uniform").pvalue > 0.01
+        assert (delta.mean(0).abs() < 4 * delta.std(0) / shape[0] ** 0.5).all()  # no side is preferred
+        assert stats.binomtest(int((delta > 0).sum()), delta.numel()).pvalue > 0.01
 
 
 def test_perturb_without_gradients_around_it():
@@ -765,6 +830,17 @@ def test_transforms_compile_and_layout():
     )
 
 
+@pytest.mark.parametrize("wrong", [-100, -1, 4])
+def test_a_wrong_class_fails_where_values_are_not_read(wrong):
+    """The class -100 is no exception, though torch's cross-entropy ignores it unless it is told not to."""
+    logits, target = torch.zeros(3, 4), torch.tensor([0, wrong, 3])
+    compiled = torch.compile(lambda x, y: C.comp_sum_loss(x, y, tau=1.5), backend="aot_eager", fullgraph=True)
+    rows = torch.func.vmap(lambda x, y: C.comp_sum_loss(x[None], y[None]))
+    for call in (compiled, rows):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            call(logits, target)
+
+
 def test_numpy_numbers_are_numbers():
     logits, target = random_logits(8)
     assert C.comp_sum_loss(logits, target, tau=np.float32(1.5)) == C.comp_sum_loss(logits, target, tau=1.5)
@@ -832,12 +908,16 @@ def test_bad_tau(call, tau):
         (lambda: C.rho_margin_comp_sum(L, Y, tau=1, rho=1.0), "score_sets"),
         (lambda: C.smooth_adversarial_comp_sum_loss(L, L[:2], Y), "perturbed_logits"),
         (lambda: C.smooth_adversarial_comp_sum_loss(L, L, Y, rho=-1.0), "rho"),
-        (lambda: C.smooth_adversarial_comp_sum_loss(L, L, Y, nu=0.0), "nu"),
+        (lambda: C.smooth_adversarial_comp_sum_loss(L, L, Y, nu=-0.1), "nu"),
         (lambda: C.perturb(MODEL, X, Y, radius=0), "radius"),
         (lambda: C.perturb(MODEL, X, Y, radius=0.1, steps=-1), "steps"),
         (lambda: C.perturb(MODEL, X, Y, radius=0.1, step_size=0.0), "step_size"),
         (lambda: C.perturb(MODEL, X, Y, radius=0.1, norm="l1"), "norm"),
-        (lambda: C.perturb(MODEL, X + 1, Y, radius=0.1), "bounds"),
+        (lambda: C.perturb(MODEL, X + 1, Y, radius=0.1), r"x must lie inside bounds \[0, 1\], got 1.5 to 1.5"),
+        (lambda: C.perturb(MODEL, X[0], Y[:2], radius=0.1), r"x must have shape \(B, ...\)"),
+        (lambda: C.perturb(MODEL, X, Y, radius=0.1, bounds=(1.0, 0.0)), r"bounds must.* got \(1.0, 0.0\)"),
+        (lambda: C.perturb(MODEL, X, Y, radius=0.1, bounds=(0.5, 0.5)), "bounds must"),
+        (lambda: C.perturb(MODEL, X, Y, radius=0.1, bounds=(0.0, math.nan)), "bounds must"),
         (lambda: C.perturb(MODEL, X, Y[:2], radius=0.1), "target"),
     ],
 )
@@ -863,6 +943,9 @@ def test_bad_values_name_the_argument(call, name):
         (lambda: C.minimizability_gap_bound(1.0, tau=1, num_classes=3, score_bound=1.0), "best_sum_exp_risk"),
         (lambda: C.smooth_adversarial_comp_sum_loss(L, L.double(), Y), "perturbed_logits"),
         (lambda: C.perturb(MODEL, X.long(), Y, radius=0.1), "x must"),
+        (lambda: C.perturb(MODEL, X, Y, radius=0.1, bounds=1.0), "bounds must be .* got 1.0"),
+        (lambda: C.perturb(MODEL, X, Y, radius=0.1, bounds=(0.0, 0.5, 1.0)), "bounds must"),
+        (lambda: C.perturb(MODEL, X, Y, radius=0.1, bounds=("0", "1")), "bounds must hold two numbers"),
         (lambda: C.perturb(MODEL, X, Y, radius="small"), "radius"),
     ],
 )

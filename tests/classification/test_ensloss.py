@@ -166,6 +166,30 @@ def test_long_vectors_take_another_sort():
     torch.testing.assert_close(got, torch.from_numpy(expected), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mean_of_ties_does_not_break_the_order(dtype):
+    """The rounded mean of many slopes at the floor is the floor: the vector is calibrated without any tolerance."""
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        margins = (3 * torch.randn(30, generator=generator, dtype=dtype)).round()
+        draws = torch.randn(30, generator=generator, dtype=dtype)
+        g = E.calibrated_derivatives(margins, draws, floor=-0.3, shift=1e-6 * (seed % 2))
+        assert E.is_calibrated_vector(margins, g, smooth=True)
+        E.interpolating_loss(margins, g)
+        together = torch.func.vmap(
+            lambda z, x, s=seed: E.calibrated_derivatives(z, x, floor=-0.3, shift=1e-6 * (s % 2))
+        )
+        assert torch.equal(together(margins[None], draws[None])[0], g)
+
+
+def test_slopes_are_constants():
+    margins, draws = batch(1, rows=8)
+    margins.requires_grad_(), draws.requires_grad_()
+    knots = (-1.0, 3.0, 8)
+    assert not E.calibrated_derivatives(margins, draws).requires_grad
+    assert not E.drawn_slopes(margins, draws, knots=knots).requires_grad
+
+
 def test_infinite_draws_are_clipped():
     margins = torch.tensor([-1.0, 0.5, 2.0])
     got = E.calibrated_derivatives(margins, torch.tensor([5.0, 3.0, -2.0]), box_cox=-1.0, shift=0)
@@ -500,6 +524,27 @@ def test_interpolating_loss_puts_knots_where_they_are_needed():
     assert later.derivative(torch.tensor([3.0, 5.0])).tolist() == [-0.25, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("far", [1e6, 1e16, 1e20, 3e38])
+def test_interpolating_loss_at_large_margins(dtype, far):
+    margins, slopes = torch.tensor([-far, 1.0, far], dtype=dtype), torch.tensor([-1.0, -0.75, -0.5], dtype=dtype)
+    loss = E.interpolating_loss(margins, slopes)
+    torch.testing.assert_close(loss.derivative(margins), slopes.double())
+    assert loss.derivative(margins.double() * 2)[2].item() == 0  # bounded below
+    assert loss(margins).isfinite().all() and (loss(margins).diff() < 0).all()
+
+
+def test_interpolating_loss_says_what_is_wrong():
+    z = torch.tensor([1.0, -1.0, 1.0])
+    for slopes, words in [
+        ([-0.5, -0.25, -0.5], "got -0.25 and -0.5 at the margins -1 and 1"),
+        ([-0.5, -1.0, -0.25], "got -0.5 and -0.25 at the margins 1 and 1"),
+        ([0.5, 0.0, 0.5], "got 0 at the margin -1"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            E.interpolating_loss(z, torch.tensor(slopes))
+
+
 # --- calibration of losses and of their means -----------------------------------------------------------------------
 
 
@@ -707,13 +752,22 @@ def test_transforms_and_compile():
     torch.testing.assert_close(compiled(logits, classes, draws), loss(logits, classes, draws))
 
 
+@pytest.mark.parametrize("wrong", [-100, -1, 2])
+def test_wrong_classes_are_not_silent_in_a_compiled_graph_and_under_vmap(wrong):
+    logits, target = torch.zeros(3, 2), torch.tensor([0, 1, wrong])
+    assert torch.compile(lambda x, y: E.ens_loss(x, y), backend="aot_eager")(logits, target).isnan()
+    rows = torch.func.vmap(lambda x, y: E.signed_margins(x[None], y[None])[0])(logits, target)
+    assert rows.isnan().all(1).tolist() == [False, False, True]
+
+
 def test_wrong_labels_are_not_silent_where_values_are_not_checked(monkeypatch):
     monkeypatch.setattr(E._checks, "known_false", lambda condition: False)  # as on an accelerator
     assert E.ens_loss(Z, torch.tensor([0.0, 0.5, 1.0])).isnan()
     assert E.ens_loss(Z, torch.tensor([-1, 1, 1])).isnan()
-    for wrong in (-100, 2):
-        with pytest.raises((RuntimeError, IndexError)):
-            E.ens_loss(torch.zeros(3, 2), torch.tensor([0, 1, wrong]))
+    for wrong in (-100, -1, 2):
+        margins = E.signed_margins(torch.ones(3, 2), torch.tensor([0, 1, wrong]))
+        assert margins[:2].tolist() == [[1, -1], [-1, 1]] and margins[2].isnan().all()
+        assert E.ens_loss(torch.zeros(3, 2), torch.tensor([0, 1, wrong])).isnan()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -727,6 +781,7 @@ def test_the_gpu_agrees_given_the_draws():
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 Z, Y = torch.zeros(3), torch.tensor([0, 1, 1])
+D = torch.tensor([0.0, 1.0], dtype=DOUBLE)
 
 
 @pytest.mark.parametrize(
@@ -757,12 +812,12 @@ Z, Y = torch.zeros(3), torch.tensor([0, 1, 1])
         (lambda: E.EnsLoss(knots=(0.0, 0.5, 3)), "knots"),
         (lambda: E.EnsLoss(knots=(0.0, 1.5, 3), tail=False), "tail"),
         (lambda: E.EnsLoss(floor=None).redraw(), "floor"),
-        (lambda: E.expected_derivative(torch.tensor([1.2])), "quantile"),
+        (lambda: E.expected_derivative(torch.tensor([1.2])), "quantile must lie in .* got 1.2"),
         (lambda: E.expected_derivative(Z, box_cox=2.0), "box_cox"),
         (lambda: E.expected_derivative(Z, floor=1.0), "floor"),
         (lambda: E.expected_derivative(Z, floor=None, box_cox=-1.0), "floor"),
-        (lambda: E.ens_loss(Z, torch.tensor([-1, 1, 1])), "target"),
-        (lambda: E.ens_loss(Z, torch.tensor([0.0, 0.5, 1.0])), "target"),
+        (lambda: E.ens_loss(Z, torch.tensor([-1, 1, 1])), "target must .* got -1"),
+        (lambda: E.ens_loss(Z, torch.tensor([0.0, 0.5, 1.0])), "target must .* got 0.5"),
         (lambda: E.ens_loss(Z, Y[:2]), "target"),
         (lambda: E.ens_loss(Z[:, None], Y[None]), "target"),
         (lambda: E.ens_loss(torch.zeros(3, 2), torch.tensor([0, 1, 2])), "target"),
@@ -782,7 +837,13 @@ Z, Y = torch.zeros(3), torch.tensor([0, 1, 1])
         (lambda: E.is_calibrated_vector(Z, Z, atol=-1.0), "atol"),
         (lambda: E.interpolating_loss(Z, torch.tensor([-1.0, -2.0, -1.0])), "derivatives"),
         (lambda: E.interpolating_loss(Z, Z - 1, rise=0), "rise"),
+        (lambda: E.PiecewiseQuadratic(D.flip(0), D), "knots must .* got .1.0, 0.0"),
+        (lambda: E.PiecewiseQuadratic(D * 0, D), "knots"),
+        (lambda: E.PiecewiseQuadratic(D[:1], D[:1]), "knots"),
+        (lambda: E.PiecewiseQuadratic(D, D / 0), "slopes"),
+        (lambda: E.PiecewiseQuadratic(D, D[:1]), "slopes"),
         (lambda: E.margin_loss(Z, "huber"), "kind"),
+        (lambda: E.margin_loss(Z, ["hinge"]), "kind"),
         (lambda: E.margin_loss(torch.tensor(0.0)), "margins"),
         (lambda: E.margin_loss(Z, reduction="all"), "reduction"),
     ],
@@ -810,6 +871,9 @@ def test_bad_values_name_the_argument(call, name):
         (lambda: E.expected_derivative(0.5), "quantile"),
         (lambda: E.is_calibrated_vector(Z, Z.double()), "derivatives"),
         (lambda: E.EnsLoss(redraw_every=1.5), "redraw_every"),
+        (lambda: E.PiecewiseQuadratic(D, D.float()), "slopes"),
+        (lambda: E.PiecewiseQuadratic(D, D)(0.5), "z must"),
+        (lambda: E.PiecewiseQuadratic(D, D).derivative([0.5]), "z must"),
         (lambda: E.margin_loss([0.0]), "margins"),
     ],
 )

@@ -967,3 +967,13 @@ BAD = [
 def test_bad_input(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_no_class_is_ignored_where_values_are_not_read():
+    """torch's cross-entropy takes the class -100 for a row without one, unless it is told not to."""
+    logits, target = torch.zeros(3, 4), torch.tensor([0, -100, 3])
+    compiled = torch.compile(lambda x, y: L.ldr_kl_loss(x, y), backend="aot_eager", fullgraph=True)
+    rows = torch.func.vmap(lambda x, y: L.ldr_kl_loss(x[None], y[None]))
+    for call in (compiled, rows):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            call(logits, target)

@@ -371,6 +371,19 @@ def test_logistic_regret_bounds_the_zero_one_regret(seed, classes, spread):
     assert beta <= exact + 1e-9 and exact <= simple + 1e-9 and simple == pytest.approx(math.sqrt(2 * t))
 
 
+@pytest.mark.parametrize("classes", [2, 3, 6])
+@pytest.mark.parametrize("beta", [0.02, 0.3, 0.9])
+def test_logistic_bound_is_attained(classes, beta):
+    """The two likeliest classes at a tie that goes to the wrong one, all others without probability and out of reach."""
+    p, scores = torch.zeros(classes, dtype=D), torch.full((classes,), -40.0, dtype=D)
+    p[:2] = torch.tensor([1 - beta, 1 + beta], dtype=D) / 2
+    scores[:2] = 0.0  # a tie goes to the first
+    found, t = regrets(p, scores)
+    assert found == pytest.approx(beta)
+    assert N.logistic_bound(torch.tensor([t], dtype=D)).item() == pytest.approx(beta, abs=1e-7)
+    assert N.logistic_bound(torch.tensor([0.99 * t], dtype=D)).item() < beta  # a hundredth less would be broken
+
+
 @few
 @given(st.floats(0, 1), st.floats(0.05, 4))
 def test_bounded_transform_is_the_least_regret(beta, bound):

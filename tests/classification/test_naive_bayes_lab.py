@@ -1,11 +1,13 @@
 """The lab's `full` profile, on a few generated images of CIFAR's shape, and what the lab's own functions promise."""
 
+import ast
 import math
 
+import nbformat
 import numpy as np
 import pytest
 import torch
-from full_profile import run_full
+from full_profile import LABS, run_full
 from torch import nn
 
 from lossbook import lab
@@ -133,12 +135,25 @@ def test_rules_are_the_classifiers(functions, scale):
 
 def test_mixtures_have_the_evidence_that_they_say(functions):
     for n in (20, 80):
-        for kind, wanted in (("easy", 2 * (n + 1)), ("thin", 9.0), ("one scale", 0.36 * n)):
+        for kind, wanted in (("easy", 2 * (n + 1)), ("thin", 9.0)):
             means, covariance = functions["mixture"](kind, n, 2)
             distance = ((means[1] - means[0]) ** 2 / covariance.diagonal()).sum().item()
             assert distance == pytest.approx(wanted)
     hard = functions["mixture"]("hard", 20, 2, 3)[1]
     assert torch.equal(hard, N.mixture_parameters(20, 2, mode="hard", covariance_seed=3)[1])
+
+
+@pytest.mark.parametrize("n", [6, 7])
+def test_the_control_drops_the_noisy_half(functions, n):
+    """Logistic regression as in the paper, unscaled, on the features with variance 1; the others have weight 0."""
+    means, covariance = N.mixture_parameters(n, 2)
+    noisy = covariance.diagonal() > 1
+    assert noisy.sum() == n // 2 and noisy[: n // 2].all()
+    X, y = N.gaussian_mixture(60, means, covariance, generator=torch.Generator().manual_seed(0))
+    weight, bias = functions["without_noisy_half"](X, y)
+    assert weight.shape == (2, n) and (weight[:, noisy] == 0).all()
+    kept, own = functions["logistic"]()(X[:, ~noisy], y)
+    assert torch.equal(weight[:, ~noisy], kept) and torch.equal(bias, own)
 
 
 def test_learning_curves_keep_parts_apart(functions):
@@ -181,3 +196,76 @@ def test_pretraining_moves_the_network(functions):
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[3])
     assert all(net(images[:5]).shape == (5, 64) and not net.training for net in states)
     assert np.isfinite(states[3](images).detach().numpy()).all()
+
+
+def named_functions(*names):
+    """Functions that the lab defines beside its pictures and claims, by name, without running their cells."""
+    space = {"np": np, "math": math}
+    for cell in nbformat.read(LABS / "classification/naive_bayes.ipynb", as_version=4).cells:
+        if cell.cell_type == "code" and not cell.source.startswith("import sys"):
+            tree = ast.parse(cell.source)
+            tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+            exec(compile(tree, "lab", "exec"), space)
+    assert set(names) <= set(space)
+    return space
+
+
+def made_up_curves():
+    """Two seeds with two splits each. Validation prefers one setting of each family, the test part another one."""
+    errors = {  # (validation, test) at 10 and at 40 labels; what is added to both in the second split cancels
+        ("naive Bayes", 1e-9): ((0.30, 0.20), (0.20, 0.18)),
+        ("naive Bayes", 1e-2): ((0.25, 0.28), (0.25, 0.10)),
+        ("logistic", 0.1): ((0.45, 0.10), (0.30, 0.02)),
+        ("logistic", 1.0): ((0.40, 0.35), (0.10, 0.14)),
+    }
+    return [
+        [
+            {
+                (m, *key): [pair[0] + shift, pair[1] + shift + 0.01 * seed]
+                for key, pairs in errors.items()
+                for m, pair in zip((10, 40), pairs, strict=True)
+            }
+            for shift in (-0.01, 0.01)
+        ]
+        for seed in (0, 1)
+    ]
+
+
+def test_tuning_looks_at_validation_and_reports_the_test_part():
+    space, curves, labels = named_functions("errors_of", "differences"), made_up_curves(), (10, 40)
+    tuned = {"naive Bayes": [0.28, 0.18], "logistic": [0.35, 0.14]}  # the least test errors are 0.20, 0.10; 0.10, 0.02
+    for family, row in tuned.items():
+        found = space["errors_of"](curves, labels, family)
+        assert found == pytest.approx(np.array([row, np.add(row, 0.01)]))
+    fixed = space["errors_of"](curves, labels, "logistic", 0.1)
+    assert fixed == pytest.approx(np.array([[0.10, 0.02], [0.11, 0.03]]))
+    # one split's validation errors alone do not choose: the mean over splits does
+    curves[0][0][10, "naive Bayes", 1e-2][0] = 0.5
+    assert space["errors_of"](curves, labels, "naive Bayes")[:, 0] == pytest.approx([0.20, 0.29])
+    curves = made_up_curves()
+    gain = space["differences"](curves, labels, (10, 40))
+    assert gain == pytest.approx([(0.28 - 0.35 + 0.18 - 0.14) / 2] * 2)
+    assert space["differences"](curves, labels, (40,), (1e-2, 0.1)) == pytest.approx([0.08] * 2)
+
+
+def test_later_compares_each_with_its_own_end():
+    space, curves = named_functions("errors_of", "later"), made_up_curves()
+    for seed in curves:
+        for split in seed:
+            split |= {(100, *key): [0.0, split[40, *key][1] - 0.01] for _m, *key in list(split)}
+    space |= {"size": {"labels": (10, 40, 100)}, "middle": (10, 40), "network_results": lambda name: curves}
+    # logistic at 0.1: (0.10 + 0.02) / 2 above its last 0.01; naive Bayes at 1e-9: (0.20 + 0.18) / 2 above its last 0.17
+    assert space["later"]("any", (1e-9, 0.1)) == pytest.approx([0.05 - 0.02] * 2)
+
+
+def test_a_claim_needs_its_margin_and_every_seed():
+    space = named_functions("at_least", "within", "together")
+    at_least, between = space["at_least"], space["within"]
+    assert at_least("gain", [0.02, 0.04], 0.03) == ("gain +0.030 (from +0.020 to +0.040)", True)
+    assert not at_least("gain", [0.02, 0.03], 0.03)[1]  # the mean is below
+    assert not at_least("gain", [0.2, -0.001], 0.03)[1]  # a seed has the other sign
+    assert between("slope", [0.1, 0.2], high=0.2) == ("slope 0.10 to 0.20", True)
+    assert not between("slope", [0.1, 0.21], high=0.2)[1] and not between("slope", [0.5, 0.7], low=0.6)[1]
+    assert between("ratio", [1.4], high=1.5) == ("ratio 1.40", True)
+    both = space["together"](("a", True), ("b", False))
+    assert both == {"measured": "a; b", "holds": False} and space["together"](("a", True))["holds"]

@@ -790,3 +790,13 @@ def test_bad_input(argument, call):
 def test_wrong_type(argument, call):
     with pytest.raises(TypeError, match=rf"^{argument} "):
         call()
+
+
+def test_no_class_is_ignored_where_values_are_not_read():
+    """torch's cross-entropy takes the class -100 for a row without one, unless it is told not to."""
+    queries, labels = torch.zeros(3, 2), torch.tensor([0, -100, 3])
+    compiled = torch.compile(
+        lambda q, y: P.prototypical_loss(q, y, torch.eye(4, 2)), backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        compiled(queries, labels)

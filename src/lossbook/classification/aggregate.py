@@ -53,13 +53,20 @@ def _columns(weight: Tensor, like: Tensor) -> Tensor:
     return weight if like.ndim == 1 else weight[:, None]
 
 
+def _sum(values: Tensor, bag: Tensor, sizes: Tensor) -> Tensor:
+    """Sum of the rows of each bag."""
+    return values.new_zeros(len(sizes), *values.shape[1:]).index_add(0, bag, values)
+
+
 def _mean(values: Tensor, bag: Tensor, sizes: Tensor) -> Tensor:
     """Mean of the rows of each bag."""
-    return values.new_zeros(len(sizes), *values.shape[1:]).index_add(0, bag, values) / _columns(sizes, values)
+    return _sum(values, bag, sizes) / _columns(sizes, values)
 
 
 def _log_mean_exp(values: Tensor, bag: Tensor, sizes: Tensor) -> Tensor:
-    """``log(mean(exp(values)))`` over the rows of each bag, finite whenever the values are."""
+    """``log(mean(exp(values)))`` over the rows of each bag, finite whenever the values are, which are at most 0."""
+    if _checks.known_false(values.detach().amin() < math.log(torch.finfo(values.dtype).tiny) / 2):
+        return _mean(values.exp(), bag, sizes).log()  # nothing underflows, and no peaks are needed
     index = _columns(bag, values).expand_as(values)
     floor = values.new_full((len(sizes), *values.shape[1:]), -torch.inf)
     peak = floor.scatter_reduce(0, index, values.detach(), "amax")  # a constant: what it adds, the logarithm takes away
@@ -157,7 +164,7 @@ def _levels(prediction: Tensor, response: Tensor, bag: Tensor, sizes: Tensor, lo
     if rho != 1:  # the logarithm of the mean
         levels.append((rho - 1) * (share * _log_mean_exp(log_p, bag, sizes)).sum(1))
     if rho != 0:  # the mean of the logarithms
-        levels.append(-rho * (share * _mean(log_p, bag, sizes)).sum(1))
+        levels.append(-rho * (share * _sum(log_p, bag, sizes)).sum(1) / sizes)
     return sum(levels)
 
 

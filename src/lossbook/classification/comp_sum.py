@@ -10,7 +10,9 @@ conditional distribution :math:`p` of the label, and :math:`a=1/(2-\tau)`. Logs 
 """
 
 import math
+import sys
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +57,8 @@ def comp_sum_loss(logits: Tensor, target: Tensor, *, tau: float = 1.0, reduction
         Shape ``()``, or ``(B,)`` with reduction "none"; at least 0; float32 or wider.
 
     Raises:
-        TypeError, ValueError: for a wrong type, shape, class, tau or reduction, naming the argument.
+        TypeError, ValueError: for a wrong type, shape, class, tau or reduction, naming the argument. Where values are not read, in a compiled
+            graph, under ``vmap`` and on an accelerator, a class outside of [0, n) is left to torch's kernel; none is ignored, not even -100.
 
     Complexity: O(Bn) time and memory: one cross-entropy, then O(B).
 
@@ -69,7 +72,7 @@ def comp_sum_loss(logits: Tensor, target: Tensor, *, tau: float = 1.0, reduction
     _scores("logits", logits)
     _checks.indices("target", target, logits.shape[1], len(logits))
     tau = _checks.number("tau", tau, 0)
-    cross_entropy = F.cross_entropy(_checks.wide(logits), target, reduction="none")
+    cross_entropy = F.cross_entropy(_checks.wide(logits), target, ignore_index=_checks.NO_CLASS, reduction="none")
     return _checks.reduced(_of_log(cross_entropy, tau), reduction)
 
 
@@ -307,7 +310,8 @@ def consistency_bound(excess: Tensor, *, tau: float, num_classes: int, form: str
             :func:`consistency_transform`.
 
     Returns:
-        The shape and dtype of ``excess``.
+        The shape and dtype of ``excess``; 0 at 0. Where :math:`n^{1-\tau}` underflows, near :math:`\tau=300` for ten classes, any other excess
+        allows every regret.
 
     Raises:
         TypeError, ValueError: for a wrong type, number or form, naming the argument.
@@ -326,7 +330,7 @@ def consistency_bound(excess: Tensor, *, tau: float, num_classes: int, form: str
     tau, n = _family(tau, num_classes, form)
     t = excess.double()
     if tau >= 2:
-        value = t / _slope(tau, n, form)
+        value = t / max(_slope(tau, n, form), sys.float_info.min)  # it underflows for large tau, and 0 / 0 is no bound
         return (value.clamp(max=1) if form in ("exact", "sharp") else value).to(excess.dtype)
     if form in ("simple", "asymptotic"):
         return torch.sqrt(t / _curvature(tau, n, form)).to(excess.dtype)
@@ -343,11 +347,12 @@ def consistency_bound(excess: Tensor, *, tau: float, num_classes: int, form: str
 def minimizability_gap_bound(best_sum_exp_risk: Tensor, *, tau: float, num_classes: int, score_bound: float) -> Tensor:
     r"""The bound :math:`\widehat{\mathcal M}_\tau` of the minimizability gap, for deterministic labels and scores that fill :math:`[-\Lambda,\Lambda]^n` (eq-comp_sum-gap).
 
-    :math:`\Phi^\tau(\mathcal R^*_{\ell_0}(\mathcal H))-\Phi^\tau((n-1)e^{-2\Lambda})`; it does not increase with tau.
+    :math:`\Phi^\tau(R)-\Phi^\tau(L)` with :math:`R=\mathcal R^*_{\ell_0}(\mathcal H)` and :math:`L=(n-1)e^{-2\Lambda}`; it does not increase with tau.
+    Computed as :math:`(1+L)^{1-\tau}\,\Phi^\tau\bigl(\frac{R-L}{1+L}\bigr)`, which is the same integral: nothing cancels.
 
     Args:
-        best_sum_exp_risk: :math:`\mathcal R^*_{\ell_0}(\mathcal H)`, the least sum-exponential risk of the hypothesis set, any shape, floating point; at least
-            :math:`(n-1)e^{-2\Lambda}`.
+        best_sum_exp_risk: :math:`R`, the least sum-exponential risk of the hypothesis set, any shape, floating point; at least :math:`L`, up to a
+            rounding of 1e-6, which counts as :math:`L`.
         tau: :math:`\tau\ge0`.
         num_classes: n, at least 2.
         score_bound: :math:`\Lambda\ge0`; ``math.inf`` for scores without a bound.
@@ -374,8 +379,8 @@ def minimizability_gap_bound(best_sum_exp_risk: Tensor, *, tau: float, num_class
         raise ValueError(
             f"best_sum_exp_risk must be at least {least:g}, the least value for score_bound {score_bound:g}, got {best_sum_exp_risk.min()}"
         )
-    floor = phi(torch.full_like(best_sum_exp_risk, least), tau=tau)
-    return phi(best_sum_exp_risk, tau=tau) - floor
+    tau, rise = _checks.number("tau", tau, 0), (best_sum_exp_risk - least).clamp(min=0)
+    return (1 + least) ** (1 - tau) * phi(rise / (1 + least), tau=tau)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,7 +447,8 @@ def smooth_adversarial_comp_sum_loss(
 
     :math:`\Phi^\tau\bigl(\sum_{y'\ne y}e^{-(h_y-h_{y'})/\rho}\bigr)+\nu\,\bigl\|\bar\Delta_h(x',y)-\bar\Delta_h(x,y)\bigr\|_2` with the score differences
     :math:`\bar\Delta_h(x,y)=(h(x,y)-h(x,y'))_{y'\ne y}`. With the worst :math:`x'` and :math:`\nu\ge\sqrt{n-1}/\rho` it is at least
-    :func:`rho_margin_comp_sum`; in training that is far too much, and nu is tuned.
+    :func:`rho_margin_comp_sum`; in training that is far too much, and nu is tuned. With a smaller nu, and with 0, where only the loss of the clean
+    scores is left, nothing is guaranteed against an adversary.
 
     Args:
         logits: scores at the clean input, shape ``(B, n)``, floating point.
@@ -450,7 +456,7 @@ def smooth_adversarial_comp_sum_loss(
         target: classes, shape ``(B,)``, int64.
         tau: :math:`\tau\ge0`.
         rho: scale of the scores, > 0. Only nu times rho matters, up to a rescaling of the scores.
-        nu: weight of the movement, > 0.
+        nu: weight of the movement, at least 0.
         reduction: "none", "mean" or "sum" over the batch.
 
     Returns:
@@ -469,11 +475,26 @@ def smooth_adversarial_comp_sum_loss(
         tensor(1.4076)
     """
     _checks.like("perturbed_logits", perturbed_logits, "logits", logits, 2)
-    rho, nu = _checks.positive_number("rho", rho), _checks.positive_number("nu", nu)
+    rho, nu = _checks.positive_number("rho", rho), _checks.number("nu", nu, 0)
     logits, perturbed_logits = _checks.wide(logits), _checks.wide(perturbed_logits)
     loss = comp_sum_loss(logits / rho, target, tau=tau, reduction="none")
     moved = torch.linalg.vector_norm(_movement(logits, perturbed_logits, target), dim=1)
     return _checks.reduced(loss + nu * moved, reduction)
+
+
+def _range(bounds: tuple[float, float] | None) -> tuple[float, float]:
+    """Least and largest value of an input."""
+    if bounds is None:
+        return -math.inf, math.inf
+    try:
+        low, high = bounds
+    except (TypeError, ValueError):
+        raise TypeError(f"bounds must be (least, largest) or None, got {bounds!r}") from None
+    if not all(isinstance(end, Real) and not isinstance(end, bool) for end in (low, high)):
+        raise TypeError(f"bounds must hold two numbers, got {bounds!r}")
+    if not low < high:
+        raise ValueError(f"bounds must be (least, largest) with the least below the largest, got {bounds!r}")
+    return low, high
 
 
 def perturb(
@@ -496,13 +517,13 @@ def perturb(
 
     Args:
         model: maps ``(B, ...)`` to scores ``(B, n)``. A module is evaluated in eval mode, and left as found: modes, ``requires_grad`` and ``.grad``.
-        x: clean inputs, shape ``(B, ...)``, floating point, inside ``bounds``.
+        x: clean inputs, shape ``(B, ...)`` with at least two dimensions, floating point, inside ``bounds``.
         target: classes, shape ``(B,)``, int64.
         radius: :math:`\gamma>0`, in the unit of ``x``.
         steps: K, at least 0; with 0 the random start comes back.
         step_size: None for :math:`2.5\,\gamma/K`.
         norm: "linf" (signed steps) or "l2" (normalized steps), over all but the first dimension.
-        bounds: least and largest value of an input, or None.
+        bounds: least and largest value of an input, in this order, or None.
         generator: on the device of ``x``.
 
     Returns:
@@ -521,12 +542,13 @@ def perturb(
         >>> bool((worst - x).abs().max() <= 0.1 + 1e-6)
         True
     """
-    _checks.floating("x", x)
+    if _checks.floating("x", x).ndim < 2:
+        raise ValueError(f"x must have shape (B, ...), one input for each row, got {tuple(x.shape)}")
     radius, steps = _checks.positive_number("radius", radius), _checks.positive_int("steps", steps, minimum=0)
     step_size = 2.5 * radius / max(steps, 1) if step_size is None else _checks.positive_number("step_size", step_size)
     if norm not in ("linf", "l2"):
         raise ValueError(f'norm must be "linf" or "l2", got {norm!r}')
-    low, high = (-math.inf, math.inf) if bounds is None else bounds
+    low, high = _range(bounds)
     if _checks.known_false((x >= low) & (x <= high)):
         raise ValueError(f"x must lie inside bounds [{low:g}, {high:g}], got {x.min()} to {x.max()}")
 

@@ -35,7 +35,8 @@ def inverse_box_cox(x: Tensor, lam: float) -> Tensor:
         lam: :math:`\lambda\in[-1,1]`.
 
     Returns:
-        Shape of ``x``, in :math:`[0,\infty]`. Where :math:`1+\lambda x\le0` it is 0 for :math:`\lambda>0` and infinite for :math:`\lambda<0`.
+        Shape of ``x``, in :math:`[0,\infty]`. Where :math:`1+\lambda x\le0` it is 0 for :math:`\lambda>0` and infinite for :math:`\lambda<0`, and
+        the gradient may be NaN there: the method does not differentiate its draws.
 
     Raises:
         TypeError, ValueError: for a wrong type or number, naming the argument.
@@ -153,8 +154,11 @@ def _tied_means(z: Tensor, slopes: Tensor) -> Tensor:
     if _checks.known_false((z[1:] == z[:-1]).any()):
         return slopes
     run = F.pad((z[1:] != z[:-1]).long().cumsum(0), (1, 0))
-    total, count = (torch.zeros_like(slopes).scatter_add(0, run, part) for part in (slopes, torch.ones_like(slopes)))
-    return (total / count.clamp(min=1)).gather(0, run)
+    empty = torch.zeros_like(slopes)
+    total, count = (empty.scatter_add(0, run, part) for part in (slopes, torch.ones_like(slopes)))
+    # A rounded mean of equal slopes need not be their value, and one that leaves its run would break the order.
+    least, most = (empty.scatter_reduce(0, run, slopes, kind, include_self=False) for kind in ("amin", "amax"))
+    return (total / count.clamp(min=1)).clamp(least, most).gather(0, run)
 
 
 def drawn_slopes(
@@ -181,12 +185,12 @@ def drawn_slopes(
         shift: subtracted from the slopes at the knots, above 0.
 
     Returns:
-        Shape of ``margins``: negative numbers that do not decrease with the margin.
+        Shape of ``margins``: negative numbers that do not decrease with the margin; 0 where they underflow, in float32 at margins beyond 1e19.
 
     Raises:
         TypeError, ValueError: for a wrong type, shape or number, naming the argument.
 
-    Complexity: O(N + n log n) time, O(N) memory: no sort of the margins.
+    Complexity: O(N + n log n) time, O(N + n) memory: no sort of the margins.
 
     Source: derived in the chapter.
 
@@ -255,7 +259,7 @@ def expected_derivative(quantile: Tensor, *, box_cox: float = 0.0, floor: float 
     """
     _checks.floating("quantile", quantile)
     if _checks.known_false((quantile >= 0) & (quantile <= 1)):
-        raise ValueError("quantile must lie in [0, 1]")
+        raise ValueError(f"quantile must lie in [0, 1], got {quantile.min()} to {quantile.max()}")
     _check_options(box_cox, floor, 0)
     slopes = -inverse_box_cox(-torch.special.ndtri(quantile), box_cox)
     return slopes if floor is None else slopes.clamp(min=floor)
@@ -279,7 +283,8 @@ def signed_margins(logits: Tensor, target: Tensor) -> Tensor:
         Shape of ``logits``, float32 or wider: ``+logits`` where the target is 1, or the class is k, and ``-logits`` elsewhere.
 
     Raises:
-        TypeError, ValueError: for a wrong type, shape or value, naming the argument.
+        TypeError, ValueError: for a wrong type, shape or value, naming the argument. Where values are not read, in a compiled graph, under
+            ``vmap`` and on an accelerator, the margins of a wrong target are NaN.
 
     Complexity: O(BK) time and memory.
 
@@ -297,9 +302,10 @@ def signed_margins(logits: Tensor, target: Tensor) -> Tensor:
     wide = _checks.wide(logits)
     if logits.ndim == 2 and logits.shape[1] > 1 and target.ndim == 1:
         _checks.indices("target", target, logits.shape[1], len(logits))
-        # Where values are not read, scatter still refuses a class that does not exist.
-        positive = torch.zeros_like(logits, dtype=torch.bool).scatter(1, target[:, None], True)
-        return torch.where(positive, wide, -wide)
+        positive = target[:, None] == torch.arange(logits.shape[1], device=target.device)
+        # Where values are not read, the row of a class that does not exist becomes NaN, not silently one of no class.
+        sign = torch.where((target >= 0) & (target < logits.shape[1]), -1.0, torch.nan).to(wide.dtype)
+        return torch.where(positive, wide, sign[:, None] * wide)
     if not (target.is_floating_point() or target.dtype in (torch.bool, torch.int64)):
         raise TypeError(f"target must be bool, int64 or floating point, got {target.dtype}")
     if target.ndim == 1 and logits.shape == (len(target), 1):
@@ -309,8 +315,9 @@ def signed_margins(logits: Tensor, target: Tensor) -> Tensor:
             f"target must have the shape of logits, {tuple(logits.shape)}, or hold a class for each row, got {tuple(target.shape)}"
         )
     if _checks.known_false((target == 0) | (target == 1)):
-        raise ValueError("target must hold 0 and 1 only; labels -1 and 1 become (label + 1) / 2")
-    # On an accelerator values are not checked: another label becomes NaN there, not silently a class.
+        wrong = target[(target != 0) & (target != 1)][0]
+        raise ValueError(f"target must hold 0 and 1 only, got {wrong}; labels -1 and 1 become (label + 1) / 2")
+    # Here, too, another label becomes NaN where values are not read.
     return torch.where(target == 1, wide, torch.where(target == 0, -wide, torch.nan))
 
 
@@ -357,7 +364,7 @@ def ens_loss(
     Raises:
         TypeError, ValueError: for a wrong type, shape, number or value, naming the argument.
 
-    Complexity: O(N log N) time and O(N) memory for N logits; O(N) time with knots.
+    Complexity: O(N log N) time and O(N) memory for N logits; O(N + n log n) time with n knots.
 
     Source: Dai, algorithm; several classes by the chapter's reduction, which is not in the paper.
 
@@ -399,7 +406,8 @@ def ens_loss(
 class EnsLoss(nn.Module):
     r""":func:`ens_loss` as a criterion, with a :math:`\lambda` that may itself be drawn anew.
 
-    In data-parallel training each process draws a loss of its own. The gradients are averaged, and the mean of calibrated losses is one.
+    In data-parallel training each process sorts within its own part of the batch, with draws of its own if the processes are seeded differently.
+    The expected gradient is then that of one process with such a part as its batch.
 
     Args:
         box_cox: the first :math:`\lambda`.
@@ -520,15 +528,31 @@ def _sorted_pairs(margins: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]
     return z[order], g[order]
 
 
+def _offence(margins: Tensor, derivatives: Tensor) -> str:
+    """Where the derivatives are not those of a smooth calibrated loss, in words."""
+    z, g = _sorted_pairs(margins, derivatives)
+    wrong = ((g.diff() < 0) | ((z.diff() == 0) & (g.diff() > 0))).nonzero()
+    if len(wrong):
+        i = wrong[0].item()
+        return f"{g[i]:g} and {g[i + 1]:g} at the margins {z[i]:g} and {z[i + 1]:g}"
+    i = ((z <= 0) & (g >= 0)).nonzero()[0].item()
+    return f"{g[i]:g} at the margin {z[i]:g}"
+
+
 @dataclass(frozen=True)
 class PiecewiseQuadratic:
     r"""A loss whose derivative is linear between knots and constant outside of them, with :math:`\phi(0)=0`.
 
     Args:
-        knots: increasing positions, float64, shape ``(n,)`` with n > 1.
-        slopes: the derivative there, float64, shape ``(n,)``.
+        knots: increasing positions, float64, shape ``(n,)`` with n > 1, finite.
+        slopes: the derivative there, float64, shape ``(n,)``, finite.
 
     Call it for :math:`\phi(z)`, float64 in the shape of ``z``; autograd gives its derivative.
+
+    Raises:
+        TypeError, ValueError: for a wrong type or shape, or knots that do not increase, naming the argument.
+
+    Complexity: O(n + M log n) time for M values of the loss, O(M log n) for M derivatives.
 
     Source: the chapter's construction (prop-ensloss-vectors).
 
@@ -541,14 +565,20 @@ class PiecewiseQuadratic:
     knots: Tensor
     slopes: Tensor
 
+    def __post_init__(self):
+        _checks.finite("knots", _checks.floating("knots", self.knots, 1))
+        _checks.finite("slopes", _checks.like("slopes", self.slopes, "knots", self.knots, 1))
+        if len(self.knots) < 2 or _checks.known_false(self.knots.diff() > 0):
+            raise ValueError(f"knots must be at least 2 positions that increase, got {self.knots.tolist()}")
+
     def derivative(self, z: Tensor) -> Tensor:
         r""":math:`\phi'(z)`, float64 in the shape of ``z``."""
-        j, inside = self._locate(z)
+        j, inside = self._locate(_checks.floating("z", z))
         slopes = self.slopes.to(z.device)
         return torch.lerp(slopes[j], slopes[j + 1], inside)
 
     def __call__(self, z: Tensor) -> Tensor:
-        return self._integral(z) - self._integral(z.new_zeros(()))
+        return self._integral(_checks.floating("z", z)) - self._integral(z.new_zeros(()))
 
     def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The segment of each ``z`` (the nearest one outside), and how far along it, in [0, 1]."""
@@ -577,7 +607,8 @@ def interpolating_loss(margins: Tensor, derivatives: Tensor, *, rise: float = 1.
     Args:
         margins: shape ``(N,)``, floating point, finite.
         derivatives: shape ``(N,)``, dtype of ``margins``, calibrated; equal where margins are.
-        rise: how far behind the last margin, or behind 0 if that lies further right, the derivative is 0; above 0.
+        rise: how far behind the last margin, or behind 0 if that lies further right, the derivative is 0; above 0. Where this is lost in a large
+            margin, the next number of float64.
 
     Returns:
         The loss, a callable with a method ``derivative``.
@@ -585,7 +616,7 @@ def interpolating_loss(margins: Tensor, derivatives: Tensor, *, rise: float = 1.
     Raises:
         TypeError, ValueError: for a wrong type, shape or number, naming the argument; for derivatives that no such loss has.
 
-    Complexity: O(N log N) time, O(N) memory; O(log N) for each value of the loss.
+    Complexity: O(N log N) time, O(N) memory, and those of :class:`PiecewiseQuadratic` for values of the loss.
 
     Source: the proof in the chapter.
 
@@ -596,9 +627,8 @@ def interpolating_loss(margins: Tensor, derivatives: Tensor, *, rise: float = 1.
     """
     _checks.positive_number("rise", rise)
     if not is_calibrated_vector(margins, derivatives, smooth=True):
-        raise ValueError(
-            "derivatives must not decrease with the margin, be negative at margins <= 0, and be equal where margins are equal"
-        )
+        needed = "not decrease with the margin, be negative at margins <= 0, and be equal where margins are equal"
+        raise ValueError(f"derivatives must {needed}, got {_offence(margins, derivatives)}")
     z, g = (part.double() for part in _sorted_pairs(margins, derivatives))
     first = F.pad(z.diff() != 0, (1, 0), value=True)
     z, g = z[first], g[first]
@@ -613,7 +643,8 @@ def interpolating_loss(margins: Tensor, derivatives: Tensor, *, rise: float = 1.
     if not (z == 0).any():
         z, g = (torch.cat([p[:left], p.new_tensor([new]), p[left:]]) for p, new in ((z, 0.0), (g, at_zero)))
     if g[-1] < 0:
-        z, g = torch.cat([z, z[-1:] + rise]), F.pad(g, (0, 1))
+        end = torch.maximum(z[-1:] + rise, torch.nextafter(z[-1:], z.new_tensor([math.inf])))
+        z, g = torch.cat([z, end]), F.pad(g, (0, 1))
     return PiecewiseQuadratic(z, g)
 
 
@@ -666,7 +697,7 @@ def margin_loss(margins: Tensor, kind: str = "logistic", *, reduction: str = "me
     _checks.floating("margins", margins)
     if margins.ndim not in (1, 2):
         raise ValueError(f"margins must have shape (B,) or (B, K), got {tuple(margins.shape)}")
-    if kind not in _MARGIN_LOSSES:
+    if not isinstance(kind, str) or kind not in _MARGIN_LOSSES:
         raise ValueError(f"kind must be one of {', '.join(_MARGIN_LOSSES)}, got {kind!r}")
     terms = _MARGIN_LOSSES[kind](margins)
     return _checks.reduced(terms if terms.ndim == 1 else terms.sum(1), reduction)

@@ -132,7 +132,7 @@ def _normalized(scores: Tensor, method: str | None) -> Tensor:
 def _interior(scores: Tensor, target: Tensor, lam: float | Tensor, large: bool) -> Tensor:
     r""":math:`\lambda\log\frac1K\sum_ke^{(s_k-s_y)/\lambda}` by row, :math:`0<\lambda<\infty`; ``large`` keeps the digits of a large one."""
     if not large:
-        cross_entropy = F.cross_entropy(scores / _column(lam), target, reduction="none")
+        cross_entropy = F.cross_entropy(scores / _column(lam), target, ignore_index=_checks.NO_CLASS, reduction="none")
         return lam * (cross_entropy - math.log(scores.shape[1]))
     largest = scores.amax(1, keepdim=True)
     below = (scores - largest) / _column(lam)
@@ -240,14 +240,17 @@ def _by_rows(function: Callable[..., tuple[Tensor, ...]], scores: Tensor, *more:
     return tuple(torch.cat(parts) for parts in zip(*(function(*block) for block in blocks), strict=True))
 
 
-def _divergence(scores: Tensor, largest: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    r""":math:`\mathrm{KL}(p_\lambda)` and :math:`\mathrm{Var}_{p_\lambda}(\log p_\lambda)` by row; ``largest`` is each row's maximum."""
+def _divergence(scores: Tensor, largest: Tensor, lam: Tensor, variance: bool = True) -> tuple[Tensor, ...]:
+    r""":math:`\mathrm{KL}(p_\lambda)` and, if asked for, :math:`\mathrm{Var}_{p_\lambda}(\log p_\lambda)` by row; ``largest`` is each row's maximum."""
     below = (scores - largest[:, None]) / lam[:, None]
     weight = below.exp()
     total = weight.sum(1)
     mean = weight.mul_(below).sum(1) / total
+    divergence = math.log(scores.shape[1]) + mean - total.log()
+    if not variance:
+        return (divergence,)
     square = weight.mul_(below).sum(1) / total
-    return math.log(scores.shape[1]) + mean - total.log(), (square - mean.square()).clamp(min=0)
+    return divergence, (square - mean.square()).clamp(min=0)
 
 
 def aldr_temperature_step(
@@ -295,9 +298,9 @@ def aldr_temperature_step(
 def _step(scores: Tensor, temperature: Tensor, lambda_0: float, alpha: float, smoothing: float) -> Tensor:
     num_classes = scores.shape[1]
 
-    def divergence(block: Tensor, lam: Tensor) -> tuple[Tensor]:
+    def divergence(block: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         if not smoothing:
-            return (_divergence(block, block.amax(1), lam)[0],)
+            return _divergence(block, block.amax(1), lam, variance=False)
         p = (torch.softmax(block / lam[:, None], 1) + smoothing).div_(1 + num_classes * smoothing)
         return (math.log(num_classes) + p.log().mul_(p).sum(1),)
 

@@ -274,7 +274,8 @@ def prototypical_loss(
     """
     queries, prototypes = _episode(queries, labels, prototypes, least=1)
     logits = -_distance(queries, prototypes).square() / _checks.temperature(temperature)
-    return _checks.reduced(F.cross_entropy(logits, labels, reduction="none"), reduction)
+    loss = F.cross_entropy(logits, labels, ignore_index=_checks.NO_CLASS, reduction="none")
+    return _checks.reduced(loss, reduction)
 
 
 def proto_triplet_loss(
