@@ -10,7 +10,7 @@ from full_profile import run_full
 from lossbook.classification import singular_kernel as S
 
 SMALL = dict(
-    points=40, tests=50, seeds=range(2), relu=(9, 20, (10, 20, 40, 80)),
+    points=40, tests=50, seeds=range(2), fresh=range(2), relu=(9, 20, (10, 20, 40)),
     exponents=((1, 2, 4, 8), (30, 60), 80, range(2)), network=(40, 50),
     widths=(8, 16), network_points=12, depths=(1, 2), network_seeds=range(2),
 )  # fmt: skip
@@ -30,7 +30,8 @@ def test_full_profile_runs(names):
     assert set(names["table"]) == {(d, n) for d in (1, 2, 4, 8) for n in (30, 60)}
     assert all(rows.shape == (2, 7) for rows in names["table"].values())
     assert set(names["off"]) == {(name, depth, width) for name in names["ACTIVATIONS"] for depth in (1, 2) for width in (8, 16)}  # fmt: skip
-    assert names["relu"].shape == (2, 4, 2) and names["board"].shape == (2, 7)
+    assert names["relu"].shape == (2, 3, 2) and names["board"].shape == (2, 7, 3)
+    assert all(rows.shape == (2, 11) for rows in names["control"].values())
     for kind, limits in names["agreement"].items():
         assert limits.shape == (2, 7, 3) and (limits >= 0).all() and (limits <= 1).all()
         assert (
@@ -57,6 +58,9 @@ def test_regression_with_and_without_a_ridge(names):
         wanted = k @ torch.linalg.solve(K + ridge * K[0, 0] * torch.eye(15, dtype=K.dtype), t)
         found = names["regress"](dual, 5, X, t, Z, ridge, S.ntk_kernel)
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    both = names["regress"](dual, 5, X, t, Z, (0.0, 0.3), S.ntk_kernel)
+    torch.testing.assert_close(both[1], found, rtol=1e-9, atol=1e-9)
+    assert both.shape == (2, 10)
 
 
 def test_the_checkerboard_flips_a_twentieth(names):
