@@ -268,6 +268,16 @@ def test_huge_parallel_gradients(scale):
         assert torch.isfinite(u).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_many_equal_gradients(seed):
+    """The rounding error of the factorization grows with m: what is added to the diagonal must, too, and must stay small beside it."""
+    g = 1e4 * draw(seed, 1, 5000, dtype=torch.float32)
+    u = M.StaticInverseFisher(g.expand(64, 5000), 1e-5).mul(g[0])
+    assert torch.isfinite(u).all()
+    factor = M._cholesky(torch.full((64, 64), 1e9, dtype=torch.float64))
+    torch.testing.assert_close(factor @ factor.T, torch.full((64, 64), 1e9, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
 

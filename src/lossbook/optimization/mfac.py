@@ -102,7 +102,9 @@ def _cholesky(matrix: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if not failed.any():
         return factor
-    rounding = 32 * torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).amax(-1)
+    rounding = (
+        max(32, 4 * matrix.shape[-1]) * torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).amax(-1)
+    )
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     return torch.linalg.cholesky(matrix + rounding[..., None, None] * eye)
 
@@ -208,7 +210,7 @@ class StaticInverseFisher:
     Raises:
         TypeError, ValueError: for a wrong type, shape or value, naming the argument.
 
-    Complexity: O(dm² + m³) time once, O(dm) a product, O(m) an entry, O(dm) the diagonal; O(dm) memory. With blocks O(d(m² + m³/B)) once; for
+    Complexity: O(dm² + m³) time once, O(dm) a product, O(m) an entry, O(dm) the diagonal; O(dm + m²) memory. With blocks O(d(m² + m³/B)) once; for
     B < m O(d(mB + B²)) once, O(dB) a product, O(1) an entry, O(d) the diagonal, O(dB) memory. Products lose about eps · ‖x‖/λ, eps that of
     the dtype: take float64 where curvature is far above the damping.
 
@@ -300,7 +302,7 @@ class DynamicInverseFisher:
 
     Keeps the gradients and their products :math:`GG^\top`. A new gradient overwrites the oldest: the order of rows does not matter to :math:`\hat F`.
     Before the window is full, the missing rows are zero, and the divisor is ``window`` all the same. Sums over the dimension are computed in
-    float64: the digits of a product are those of its dtype, however small the damping.
+    float64: in float32 only the last rounding is float32's, as long as ‖g‖²/(λm) is far below 1e8.
 
     Args:
         window: :math:`m`, at least 1.
@@ -397,7 +399,7 @@ class DynamicInverseFisher:
 
     @torch.no_grad()
     def update_mul(self, g: Tensor) -> Tensor:
-        r"""Put ``g`` in, and return :math:`\hat F^{-1}g=\frac m\lambda G^\top S^{-1}e_r` (eq-mfac-window): no difference of large numbers, one pass less.
+        r"""Put ``g`` in, and return :math:`\hat F^{-1}g=\frac m\lambda G^\top S^{-1}e_r` (eq-mfac-window): no difference of large numbers.
 
         Raises:
             TypeError, ValueError: as :meth:`update`.
