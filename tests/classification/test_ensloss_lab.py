@@ -12,7 +12,7 @@ from full_profile import run_full
 from lossbook import lab
 
 SIZES = dict(
-    parts=(16, 8, 8), epochs=2, noise_epochs=8, batch=4, seeds=(0, 1), classes=(20, 10, 20), class_epochs=2, class_batch=8,
+    parts=(16, 8, 8), epochs=2, noise_epochs=8, batch=4, seeds=(0, 1), class_seeds=(0, 1), classes=(20, 10, 20), class_epochs=2, class_batch=8,
     hidden=(8, 8), rows=(20, 10, 12), splits=range(3), table_epochs=2, table_batch=8,
 )  # fmt: skip
 
