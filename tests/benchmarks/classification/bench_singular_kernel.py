@@ -82,16 +82,16 @@ def run() -> tuple[list[Row], list[Slope]]:
                 ours / peer, note=bar(ours / peer, 3, "ratio"))
         )  # fmt: skip
         rows.append(Row(PART, SLUG, "SingularKernelClassifier.predict", "none", size, in_fresh_process(_limit, n, m), memory_mb=memory))  # fmt: skip
-    ours, peer = in_fresh_process(_deep, 600, 600, 3)
+    ours, peer = in_fresh_process(_deep, 300, 300, 3)
     rows.append(
-        Row(PART, SLUG, "DeepKernelClassifier, pseudo-inverse", "sklearn KernelRidge, a tiny ridge", "600 points, 600 tests",
+        Row(PART, SLUG, "DeepKernelClassifier, pseudo-inverse", "sklearn KernelRidge, a tiny ridge", "300 points, 300 tests",
             ours, peer, ours / peer)
     )  # fmt: skip
     for name, sizes, function, claim in (
         ("SingularKernelClassifier.predict, m", (500, 1000, 2000, 4000), lambda m: (_limit, 500, m), "1 (O(nm))"),
         ("SingularKernelClassifier.predict, n", (500, 1000, 2000, 4000), lambda n: (_limit, n, 500), "1 (O(nm))"),
         ("ntk_kernel, layers", (20, 40, 80, 160), lambda depth: (_layers, depth), "1 (O(L))"),
-        ("DeepKernelClassifier.fit, n", (250, 500, 1000, 2000), lambda n: (_fit, n), "up to 3 (O(n^3))"),
+        ("DeepKernelClassifier.fit, n", (125, 250, 500, 1000), lambda n: (_fit, n), "up to 3 (O(n^3))"),
     ):
         times = [in_fresh_process(*function(k)) for k in sizes]
         slopes.append(Slope(name, "time", f"{sizes[0]} to {sizes[-1]}", exponent(sizes, times), claim))
