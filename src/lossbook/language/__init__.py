@@ -1,0 +1,1 @@
+"""Language: preferences, forgetting, data."""
