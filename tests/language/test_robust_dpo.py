@@ -94,7 +94,10 @@ def test_formula_of_trl(rate):
     expected = peer(GRID, "robust", rate)
     assert ((found - expected).abs() <= 1e-12 * expected.abs().clamp(min=1) / (1 - 2 * rate)).all()
     torch.testing.assert_close(
-        R.conservative_dpo_loss(GRID, noise_rate=rate, reduction="none"), peer(GRID, "sigmoid", rate), rtol=1e-13, atol=0
+        R.conservative_dpo_loss(GRID, noise_rate=rate, reduction="none"),
+        peer(GRID, "sigmoid", rate),
+        rtol=1e-13,
+        atol=0,
     )
 
 
@@ -404,9 +407,7 @@ def test_estimation_theorem_as_property():
         rate = (0.0, 0.2, 0.4)[draw % 3]
         x, w = sample(n, d, rate, 0.8, generator, sphere=True)
         model = R.LogLinearPreference(1.0, rate, "rdpo", radius=1.0).fit(x)
-        bound = R.estimation_bound(
-            d, n, noise_rate=rate, beta=1.0, gamma=gamma, radius=1.0, ridge=ridge, delta=0.1
-        )
+        bound = R.estimation_bound(d, n, noise_rate=rate, beta=1.0, gamma=gamma, radius=1.0, ridge=ridge, delta=0.1)
         ratios.append(error(model, x, w, ridge) / bound)
     assert sum(ratio > 1 for ratio in ratios) <= 6 and max(ratios) < 0.5
 
@@ -521,9 +522,10 @@ def test_suboptimality_theorem(seed):
     distance = (difference @ sigma @ difference).sqrt().item()
     kl = R.reward_and_kl(log_policy(theta), log_policy(other), reward)[1].mean().item()
     assert kl <= 1.02 * coverage / 2 * distance**2 + 1e-12
-    lost = (R.reward_and_kl(log_policy(theta), log_policy(base), reward)[0]).mean() - (
-        R.reward_and_kl(log_policy(other), log_policy(base), reward)[0]
-    ).mean()
+    lost = (
+        (R.reward_and_kl(log_policy(theta), log_policy(base), reward)[0]).mean()
+        - (R.reward_and_kl(log_policy(other), log_policy(base), reward)[0]).mean()
+    )
     assert lost <= 1.02 * R.suboptimality_bound(distance, max_reward=2.0, coverage=max(coverage, 1.0)) + 1e-12
 
 
@@ -608,7 +610,9 @@ def test_gradcheck_and_transforms():
     torch.testing.assert_close(per_sample, -R.gradient_weight(z.detach(), kind="rdpo", noise_rate=0.2))
     batch = torch.stack([z.detach(), z.detach() / 2])
     torch.testing.assert_close(torch.func.vmap(loss)(batch)[1], loss(batch[1]))
-    compiled = torch.compile(lambda *t: R.robust_dpo_loss(R.preference_margin(*t, beta=0.3), noise_rate=0.2), backend="aot_eager")
+    compiled = torch.compile(
+        lambda *t: R.robust_dpo_loss(R.preference_margin(*t, beta=0.3), noise_rate=0.2), backend="aot_eager"
+    )
     logps = [-torch.rand(6) for _ in range(4)]
     expected = R.robust_dpo_loss(R.preference_margin(*logps, beta=0.3), noise_rate=0.2)
     torch.testing.assert_close(compiled(*logps), expected)

@@ -517,7 +517,7 @@ class LogLinearPreference:
     Raises:
         TypeError, ValueError: for a wrong type, value or word, naming the argument.
 
-    Complexity: O(nd) an iteration; some 50 ridges where the ball is active.
+    Complexity: O(nd) an iteration; some 10 ridges where the ball is active.
 
     Source: Ray Chowdhury et al. 2024, log-linear policies; the constrained solution derived in the chapter (rem-robust_dpo-ball).
 
@@ -553,7 +553,7 @@ class LogLinearPreference:
         w, converged = self._solve(x, torch.zeros(x.shape[1], dtype=torch.float64), self.ridge)
         ridge = self.ridge
         if self.radius is not None and not (converged and w.norm() <= self.radius):
-            w, converged, ridge = self._on_sphere(x)
+            w, converged, ridge = self._on_sphere(x, w, converged)
         self.coef_, self.converged_, self.ridge_ = w, converged, ridge
         if not converged:
             warnings.warn(
@@ -617,22 +617,25 @@ class LogLinearPreference:
             return found, False
         return found, bool(self._gradient(x, found, ridge).norm() <= self.tol * max(scale, 1e-300))
 
-    def _on_sphere(self, x: Tensor) -> tuple[Tensor, bool, float]:
-        """The minimizer on the sphere of the radius, by bisection of the ridge: the longer w, the smaller the ridge."""
+    def _on_sphere(self, x: Tensor, free: Tensor, converged: bool) -> tuple[Tensor, bool, float]:
+        r"""The minimizer on the sphere: the root of 1/|w| - 1/B, which grows with the ridge, and nearly linearly (Illinois' rule)."""
         zero = torch.zeros(x.shape[1], dtype=torch.float64)
         # A minimizer w has ridge |w|² = -<loss's gradient at w, w> <= |gradient at 0| |w| by convexity.
         low, high = self.ridge, max(self.ridge, self._gradient(x, zero, 0).norm().item() / self.radius)
+        below = (1 / free.norm().item() if converged else 0.0) - 1 / self.radius
         w, converged = self._solve(x, zero, high)
-        best = w, converged, high
+        above = 1 / max(w.norm().item(), 1e-300) - 1 / self.radius
+        best, side = (w, converged, high), 0
         for _ in range(60):
-            middle = (low + high) / 2
-            w, converged = self._solve(x, w, middle)
-            if converged and w.norm() <= self.radius:
-                high, best = middle, (w, True, middle)
-            else:
-                low, w = middle, best[0]
-            if best[1] and best[0].norm() >= (1 - 1e-9) * self.radius:
+            if abs(1 / self.radius - 1 / best[0].norm().item()) <= 1e-8 / self.radius or not best[1]:
                 break
+            middle = (low * above - high * below) / (above - below)
+            w, converged = self._solve(x, best[0], middle)
+            gap = (1 / w.norm().item() if converged else 0.0) - 1 / self.radius
+            if gap < 0:
+                low, below, above, side = middle, gap, above / (2 if side < 0 else 1), -1
+            else:
+                high, above, below, side, best = middle, gap, below / (2 if side > 0 else 1), 1, (w, True, middle)
         return best
 
 
