@@ -478,6 +478,19 @@ def test_unbounded_without_ridge_and_cured_by_a_radius():
     assert 0 < sum(found) < len(found)
 
 
+def test_separable_pairs_have_no_minimum():
+    """The gradient of DPO vanishes far out, and that is no convergence; cDPO has a minimum."""
+    x = torch.tensor([[1.0, 0.2], [0.5, -1.0], [2.0, 0.1]])
+    for kind in ("dpo", "rdpo"):
+        with pytest.warns(RuntimeWarning, match="unbounded below"):
+            assert not R.LogLinearPreference(1.0, 0.1, kind).fit(x).converged_
+        assert R.LogLinearPreference(1.0, 0.1, kind, radius=5.0).fit(x).coef_.norm().item() == pytest.approx(5)
+    assert R.LogLinearPreference(1.0, 0.1, "cdpo").fit(x).converged_
+    twice = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])  # of many minimizers, the shortest
+    assert R.LogLinearPreference(1.0, 0.0, "dpo").fit(twice).coef_.tolist() == pytest.approx([math.log(2) / 2] * 2)
+    assert R.LogLinearPreference(1.0, 0.0, "dpo").fit(torch.zeros(3, 2)).coef_.tolist() == [0, 0]
+
+
 def test_estimator_predicts():
     x, w = sample(4000, 3, 0.0, 3.0, torch.Generator().manual_seed(0))
     model = R.LogLinearPreference(0.5, 0.0, "dpo").fit(x.numpy())

@@ -497,7 +497,7 @@ def flip_labels(
 class LogLinearPreference:
     r"""The preference losses for log-linear policies :math:`\pi_\theta(a|s)\propto e^{\phi(s,a)^\top\theta}`: a convex problem in :math:`w=\theta-\theta_0`.
 
-    Minimizes :math:`\frac1n\sum_i\mathrm{loss}(\beta x_i^\top w)+\frac\rho2\|w\|^2` by L-BFGS in float64 (eq-robust_dpo-estimator). With a ``radius`` it finds
+    Minimizes :math:`\frac1n\sum_i\mathrm{loss}(\beta x_i^\top w)+\frac\rho2\|w\|^2` by Newton's method in float64 (eq-robust_dpo-estimator). With a ``radius`` it finds
     the minimizer in the ball :math:`\|w\|\le B`: where the free one is longer, or where there is none, the ridge is raised until :math:`\|w\|=B`.
 
     Args:
@@ -506,18 +506,18 @@ class LogLinearPreference:
         kind: "dpo", "cdpo" or "rdpo".
         radius: :math:`B>0`, or None for no ball.
         ridge: :math:`\rho\ge0`.
-        max_iter: iterations of L-BFGS, for each ridge that is tried.
-        tol: on the norm of the gradient, in units of its scale :math:`\beta\sqrt{\frac1n\sum\|x_i\|^2}`.
+        max_iter: iterations, for each ridge that is tried.
+        tol: on the root mean square by which another Newton step would change the margins.
 
     Attributes:
         coef_: :math:`\hat w`, float64, shape ``(d,)``.
         ridge_: the ridge that belongs to it: ``ridge``, or more where the ball is active.
-        converged_: whether the gradient is below ``tol``. Without ridge and radius "rdpo" may have no minimum.
+        converged_: whether it is a minimizer. Without ridge and radius there may be none: then ``coef_`` is where the search broke off.
 
     Raises:
         TypeError, ValueError: for a wrong type, value or word, naming the argument.
 
-    Complexity: O(nd) an iteration; some 10 ridges where the ball is active.
+    Complexity: O(nd² + d³) an iteration; some 10 ridges where the ball is active.
 
     Source: Ray Chowdhury et al. 2024, log-linear policies; the constrained solution derived in the chapter (rem-robust_dpo-ball).
 
@@ -535,7 +535,7 @@ class LogLinearPreference:
         radius: float | None = None,
         ridge: float = 0.0,
         *,
-        max_iter: int = 500,
+        max_iter: int = 100,
         tol: float = 1e-8,
     ):
         self.beta = _checks.positive_number("beta", beta)
@@ -586,36 +586,33 @@ class LogLinearPreference:
         x = _checks.floating("x", torch.as_tensor(x), 2).detach().to("cpu", torch.float64)
         return _checks.finite("x", x)
 
+    def _loss(self, x: Tensor, w: Tensor, ridge: float) -> Tensor:
+        z = self.beta * (x @ w)
+        return (_slope(self.kind, self.noise_rate) * z - F.logsigmoid(z)).mean() + ridge / 2 * w.square().sum()
+
     def _gradient(self, x: Tensor, w: Tensor, ridge: float) -> Tensor:
         weight = gradient_weight(self.beta * (x @ w), kind=self.kind, noise_rate=self.noise_rate)
         return ridge * w - self.beta * (weight @ x) / len(x)
 
-    def _solve(self, x: Tensor, start: Tensor, ridge: float) -> tuple[Tensor, bool]:
-        """The minimizer for one ridge, and whether it is one."""
-        slope = _slope(self.kind, self.noise_rate)
-        w = start.clone().requires_grad_()
-        scale = self.beta * x.square().sum(1).mean().sqrt().item()
-        optimizer = torch.optim.LBFGS(
-            [w],
-            max_iter=self.max_iter,
-            max_eval=2 * self.max_iter,
-            tolerance_grad=0.1 * self.tol * scale / math.sqrt(len(w)),
-            tolerance_change=0,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> Tensor:
+    def _solve(self, x: Tensor, w: Tensor, ridge: float) -> tuple[Tensor, bool]:
+        """The minimizer for one ridge, by Newton's method from ``w``, and whether it is one."""
+        for _ in range(self.max_iter):
             z = self.beta * (x @ w)
-            loss = (slope * z - F.logsigmoid(z)).mean() + ridge / 2 * w.square().sum()
-            (w.grad,) = torch.autograd.grad(loss, w)
-            return loss
-
-        optimizer.step(closure)
-        found = w.detach()
-        if not torch.isfinite(found).all():
-            return found, False
-        return found, bool(self._gradient(x, found, ridge).norm() <= self.tol * max(scale, 1e-300))
+            curvature = torch.sigmoid(z) * torch.sigmoid(-z)  # above zero far out, where 1 - sigmoid is not
+            hessian = self.beta**2 / len(x) * (x.T * curvature) @ x + ridge * torch.eye(len(w), dtype=w.dtype)
+            gradient = self._gradient(x, w, ridge)
+            step = torch.linalg.pinv(hessian, hermitian=True) @ gradient
+            if not torch.isfinite(step).all():
+                return w, False
+            # The gradient alone would not do: it vanishes at infinity, too, where the pairs can be separated.
+            if self.beta * (x @ step).square().mean().sqrt() <= self.tol and (ridge * step).norm() <= self.tol:
+                residual = gradient - hessian @ step  # what a singular Hessian cannot remove
+                return w - step, bool(residual.norm() <= self.tol * self.beta * x.square().sum(1).mean().sqrt())
+            loss, t = self._loss(x, w, ridge), 1.0
+            while t > 1e-10 and self._loss(x, w - t * step, ridge) > loss - 1e-4 * t * (gradient @ step) + 1e-14:
+                t /= 2
+            w = w - t * step
+        return w, False
 
     def _on_sphere(self, x: Tensor, free: Tensor, converged: bool) -> tuple[Tensor, bool, float]:
         r"""The minimizer on the sphere: the root of 1/|w| - 1/B, which grows with the ridge, and nearly linearly (Illinois' rule)."""
