@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad, solve_ivp
+from scipy.special import expit
 from scipy.stats import hmean, ks_2samp
 
 from lossbook.language import npo as N
@@ -50,7 +51,7 @@ def test_loss_and_weight_are_their_equations(seed, beta):
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 10.0])
 def test_at_the_start(beta):
     """Weight 1 and NPO's first step is gradient ascent's, for every beta."""
-    logps = -normal(5).exp().requires_grad_()
+    logps = (-normal(5).exp()).requires_grad_()
     loss = N.npo_loss(logps, logps.detach(), beta=beta)
     loss.backward()
     assert loss.item() == pytest.approx(2 / beta * math.log(2))
@@ -161,8 +162,9 @@ def test_half_precision_and_autocast():
     wanted = N.npo_loss(logps, ref, beta=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         assert N.npo_loss(logps, ref, beta=0.1).item() == wanted.item()
-    half = N.npo_loss(logps.bfloat16(), ref.bfloat16(), beta=0.1)
-    assert half.dtype == torch.float32 and half.item() == pytest.approx(wanted.item(), abs=0.2)
+    half = N.npo_loss(logps.bfloat16(), ref.bfloat16(), beta=0.1)  # the differences are taken in float32
+    rounded = N.npo_loss(logps.bfloat16().float(), ref.bfloat16().float(), beta=0.1)
+    assert half.dtype == torch.float32 and half.item() == rounded.item()
 
 
 # ---- what it is compared with ----------------------------------------------------------------------------------------
@@ -321,7 +323,7 @@ def test_utility():
 
 def runge_kutta(m0, kappa, t, beta):
     def velocity(_t, m):
-        p = 1 / (1 + np.exp(-m))
+        p = expit(m)
         weight = 1.0 if beta is None else 2 * p**beta / (p**beta + (1 / (1 + math.exp(-m0))) ** beta)
         return -kappa * (1 - p) * weight
 
