@@ -211,19 +211,24 @@ def test_compiled_is_closed_form(name):
     assert torch.allclose(polynomials[0].log() - polynomials[1].log(), closed.detach(), rtol=0, atol=1e-9)
 
 
-def test_links():
-    log_probs, rho = uniform(50, 2), None
-    for name, beta in itertools.product(named_pairs, (0.1, 1.0, 2.5)):
-        rho = CLOSED[name](*log_probs.unbind(1))
-        loss = lambda link, reduction="none": P.preference_loss(
-            P.NAMED[name], log_probs, link=link, beta=beta, reduction=reduction
-        )
-        assert torch.allclose(loss("logistic"), torch.log1p(torch.exp(-beta * rho)), rtol=1e-8, atol=1e-8)
-        assert torch.allclose(loss("squared"), (rho - 0.5 / beta) ** 2, rtol=1e-8)
-        assert torch.allclose(loss("hinge"), torch.clamp(beta - rho, min=0), rtol=1e-8, atol=1e-8)
-        assert loss("hinge", "mean") == loss("hinge").mean() and loss("hinge", "sum") == loss("hinge").sum()
-    ordinary = P.preference_loss(P.NAMED["CEUnl"], log_probs, reduction="none")  # -log of the count itself
-    assert torch.allclose(ordinary, -(log_probs[:, 0] + log1m(log_probs[:, 1])), rtol=1e-12)
+@pytest.mark.parametrize("beta", [0.1, 1.0, 2.5])
+@pytest.mark.parametrize("name", named_pairs)
+def test_links(name, beta):
+    log_probs = uniform(50, 2)
+    rho = CLOSED[name](*log_probs.unbind(1))
+    loss = lambda link, reduction="none": P.preference_loss(
+        P.NAMED[name], log_probs, link=link, beta=beta, reduction=reduction
+    )
+    assert torch.allclose(loss("logistic"), torch.log1p(torch.exp(-beta * rho)), rtol=1e-8, atol=1e-8)
+    assert torch.allclose(loss("squared"), (rho - 0.5 / beta) ** 2, rtol=1e-8, atol=1e-8)
+    assert torch.allclose(loss("hinge"), torch.clamp(beta - rho, min=0), rtol=1e-8, atol=1e-8)
+    assert loss("hinge", "mean") == loss("hinge").mean() and loss("hinge", "sum") == loss("hinge").sum()
+
+
+def test_ordinary_losses_are_logarithms_of_one_count():
+    log_probs = uniform(50, 2)
+    ordinary = P.preference_loss(P.NAMED["CEUnl"], log_probs, reduction="none")
+    assert torch.allclose(ordinary, -(log_probs[:, 0] + log1m(log_probs[:, 1])), rtol=1e-12, atol=1e-12)
 
 
 def test_peers():
@@ -473,22 +478,21 @@ def test_gradient_with_a_reference():
     assert torch.allclose(P.log_ratio_gradient(P.NAMED["DPO"], columns.detach()), automatic, atol=1e-9)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("structure", SENSIBLE, ids=marks)
+def test_gradcheck(structure):
     log_probs = uniform(4, 2, low=-4.0, high=-0.1).requires_grad_()
-    for structure in SENSIBLE:
-        for link in ("logistic", "squared"):
-            assert torch.autograd.gradcheck(lambda x: P.preference_loss(structure, x, link=link), (log_probs,))
+    both = lambda x: (P.preference_loss(structure, x), P.preference_loss(structure, x, link="squared"))
+    assert torch.autograd.gradcheck(both, (log_probs,))
 
 
-def test_functional_transforms():
+@pytest.mark.parametrize("name", ["CPO", "unCPO"])
+def test_functional_transforms(name):
     log_probs = uniform(6, 2, low=-4.0, high=-0.1)
-    for name in ("CPO", "unCPO"):
-        structure = P.NAMED[name]
-        grad = torch.func.grad(lambda x: P.preference_loss(structure, x, reduction="sum"))(log_probs)
-        each = torch.func.vmap(torch.func.grad(lambda x: P.preference_loss(structure, x[None])))(log_probs)
-        assert torch.allclose(grad, each, atol=1e-12)
-        compiled = torch.compile(lambda x: P.preference_loss(structure, x), backend="eager")
-        assert torch.allclose(compiled(log_probs), P.preference_loss(structure, log_probs), atol=1e-12)
+    loss = lambda x: P.preference_loss(P.NAMED[name], x)
+    grad = torch.func.grad(loss)(log_probs)
+    each = torch.func.vmap(torch.func.grad(lambda x: loss(x[None])))(log_probs)
+    assert torch.allclose(6 * grad, each, atol=1e-12)
+    assert torch.allclose(torch.compile(loss, backend="eager")(log_probs), loss(log_probs), atol=1e-12)
 
 
 def test_dtypes():
