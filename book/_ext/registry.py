@@ -92,11 +92,12 @@ class Paper:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the book, with its papers in reading order."""
+    """One part of the book, with its papers in reading order, and its pages that compare them."""
 
     part: str
     title: str
     papers: tuple[Paper, ...]
+    pages: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def load(root: Path = ROOT) -> tuple[Part, ...]:
                 Paper(**{**paper, "part": entry["part"], "authors": tuple(paper["authors"]), "root": root})
                 for paper in entry["papers"]
             ),
+            tuple(Path("chapters", entry["part"], f"{page}.ipynb") for page in entry.get("pages", ())),
         )
         for entry in entries
     )
@@ -177,6 +179,7 @@ def _toc(root: Path) -> str:
     groups = [{"caption": "Start here", "chapters": [document("book/how-to-use"), document("book/notation")]}]
     for part in load(root):
         if ready := [chapter(paper) for paper in part.papers if paper.ready]:
+            ready += [document(page) for page in part.pages if (root / page).is_file()]
             groups.append({"caption": part.title, "numbered": 1, "chapters": ready})  # Theorem 3.1 is of chapter 3
     course = [document(f"book/{page}") for page in ("papers", "ledger", "benchmarks", "instructors")]
     groups.append({"caption": "The course", "chapters": course})

@@ -177,6 +177,20 @@ def test_contents_and_pages_show_exactly_the_rooms_that_exist(root):
     assert "In preparation: `isogclr`, `groco`, `pamc`, `proto_triplet`, `transductive`." in page
 
 
+def test_pages_of_a_part_stand_after_its_chapters(root):
+    (root / "chapters/language").mkdir(parents=True)
+    (root / "chapters/language/reweighting.ipynb").touch()
+    assert "preference_losses" not in registry.generated(root)[Path("_toc.yml")]
+    (root / "chapters/language/preference_losses.ipynb").touch()
+    found = re.findall(r"file: (chapters/.*)", registry.generated(root)[Path("_toc.yml")])
+    assert found == ["chapters/language/reweighting", "chapters/language/preference_losses"]
+
+
+def test_every_notebook_of_a_part_is_a_chapter_or_a_page():
+    known = {paper.chapter for paper in PAPERS} | {page for part in registry.load() for page in part.pages}
+    assert {path.relative_to(ROOT) for path in ROOT.glob("chapters/*/*.ipynb")} <= known
+
+
 def test_readme_gets_its_section_once_and_an_open_marker_is_refused(root):
     (root / "README.md").write_text("# Title\n")
     registry.write(root)
