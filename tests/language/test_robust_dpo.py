@@ -214,6 +214,26 @@ def test_robust_ipo_is_ipo_with_a_larger_target():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-10)
 
 
+@few
+@given(st.floats(-8, 8), rates, targets)
+def test_for_small_margins_a_correction_changes_beta(z, rate, c):
+    """prop-robust_dpo-beta: DPO at (1 - 2 rate) beta and at beta / (1 - 2 rate); exact for the squared loss."""
+    k, log2 = 1 - 2 * rate, math.log(2)
+    one = torch.tensor([z], dtype=torch.float64)
+    robust, smooth = (f(one, noise_rate=rate).item() for f in (R.robust_dpo_loss, R.conservative_dpo_loss))
+    assert abs(k**2 * (robust - log2) - (R.dpo_loss(k * one).item() - log2)) <= k**2 * z**4 / 96 + 1e-12
+    assert abs(smooth - log2 - k**2 * (R.dpo_loss(one / k).item() - log2)) <= z**4 / (96 * k**2) + 1e-12
+    squared = dict(base="squared", target=c)
+    at = lambda t: (
+        k**2 * R.robust_dpo_loss(t, noise_rate=rate, **squared) - R.preference_loss(k * t, **squared)
+    ).item()
+    assert at(one) == pytest.approx(at(0 * one), abs=1e-9)
+    at = lambda t: (
+        R.conservative_dpo_loss(t, noise_rate=rate, **squared) - R.preference_loss(t, base="squared", target=k * c)
+    ).item()
+    assert at(one) == pytest.approx(at(0 * one), abs=1e-9)
+
+
 def test_robust_hinge_is_not_convex():
     """Its slopes, from left to right: not in order."""
     rate = 0.2
