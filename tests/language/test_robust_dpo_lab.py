@@ -9,7 +9,9 @@ from full_profile import run_full
 
 from lossbook import lab
 
-SMALL = dict(samples=300, held=200, rows=512, betas=(0.1, 0.5), seeds=(0, 1), replications=2)
+SMALL = dict(
+    samples=300, held=200, rows=512, betas=(0.1, 0.5), checkpoints=(4, 8, 16, 24), seeds=(0, 1), replications=2
+)
 
 
 def fake_reviews(name, columns, **_):
