@@ -94,6 +94,7 @@ def test_pairs_of_a_world(which, request):
     noisy = world.data["train", "noisy"][0]
     same = (noisy == chosen).all(1)
     assert (same | (noisy == rejected).all(1)).all()
+    assert torch.equal(noisy, torch.where(world.data["train", "flipped"][:, None], rejected, chosen))
     differs = (chosen != rejected).any(1)
     assert 0.5 < same[differs].double().mean() < 0.7
     for texts, stored in ((chosen, ref_chosen), (rejected, ref_rejected)):
