@@ -498,6 +498,18 @@ def test_unbounded_without_ridge_and_cured_by_a_radius():
     assert 0 < sum(found) < len(found)
 
 
+@pytest.mark.parametrize("seed", [29, 32, 43])
+def test_heavy_tails_need_the_line_search(seed):
+    """Full Newton steps diverge on these pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    x = x * torch.exp(3 * torch.randn(12, 1, generator=generator, dtype=torch.float64))
+    model = R.LogLinearPreference(1.0, 0.0, "dpo").fit(x)
+    assert model.converged_ and model.coef_.norm() < 100
+    slope = (R.gradient_weight(x @ model.coef_, kind="dpo")[:, None] * x).mean(0)
+    assert slope.norm() < 1e-6 * x.norm()
+
+
 def test_separable_pairs_have_no_minimum():
     """The gradient of DPO vanishes far out, and that is no convergence; cDPO has a minimum."""
     x = torch.tensor([[1.0, 0.2], [0.5, -1.0], [2.0, 0.1]])
