@@ -214,6 +214,26 @@ def test_robust_ipo_is_ipo_with_a_larger_target():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-10)
 
 
+@few
+@given(st.floats(-8, 8), rates, targets)
+def test_for_small_margins_a_correction_changes_beta(z, rate, c):
+    """prop-robust_dpo-beta: DPO at (1 - 2 rate) beta and at beta / (1 - 2 rate); exact for the squared loss."""
+    k, log2 = 1 - 2 * rate, math.log(2)
+    one = torch.tensor([z], dtype=torch.float64)
+    robust, smooth = (f(one, noise_rate=rate).item() for f in (R.robust_dpo_loss, R.conservative_dpo_loss))
+    assert abs(k**2 * (robust - log2) - (R.dpo_loss(k * one).item() - log2)) <= k**2 * z**4 / 96 + 1e-12
+    assert abs(smooth - log2 - k**2 * (R.dpo_loss(one / k).item() - log2)) <= z**4 / (96 * k**2) + 1e-12
+    squared = dict(base="squared", target=c)
+    at = lambda t: (
+        k**2 * R.robust_dpo_loss(t, noise_rate=rate, **squared) - R.preference_loss(k * t, **squared)
+    ).item()
+    assert at(one) == pytest.approx(at(0 * one), abs=1e-9)
+    at = lambda t: (
+        R.conservative_dpo_loss(t, noise_rate=rate, **squared) - R.preference_loss(t, base="squared", target=k * c)
+    ).item()
+    assert at(one) == pytest.approx(at(0 * one), abs=1e-9)
+
+
 def test_robust_hinge_is_not_convex():
     """Its slopes, from left to right: not in order."""
     rate = 0.2
@@ -476,6 +496,18 @@ def test_unbounded_without_ridge_and_cured_by_a_radius():
                 model.fit(x)
         assert model.converged_ == (not unbounded)
     assert 0 < sum(found) < len(found)
+
+
+@pytest.mark.parametrize("seed", [29, 32, 43])
+def test_heavy_tails_need_the_line_search(seed):
+    """Full Newton steps diverge on these pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    x = x * torch.exp(3 * torch.randn(12, 1, generator=generator, dtype=torch.float64))
+    model = R.LogLinearPreference(1.0, 0.0, "dpo").fit(x)
+    assert model.converged_ and model.coef_.norm() < 100
+    slope = (R.gradient_weight(x @ model.coef_, kind="dpo")[:, None] * x).mean(0)
+    assert slope.norm() < 1e-6 * x.norm()
 
 
 def test_separable_pairs_have_no_minimum():
