@@ -467,7 +467,7 @@ def test_bounds_at_the_edge():
     options = dict(min_norm=1.0, max_norm=1.0, beta=1.0)
     low, high = N.divergence_bounds(0, 0.5, max_margin=0.0, **options)
     assert low == high == 0
-    low, high = N.divergence_bounds(10, 0.5, max_margin=600.0, **options)  # e^C8 does not overflow
+    low, high = N.divergence_bounds(10, 0.5, max_margin=600.0, **options)  # e^A does not overflow
     assert low >= 0 and high.isfinite()
     low, high = N.divergence_bounds(torch.tensor([10]), 0.5, max_margin=0.0, **options)
     assert low.item() == pytest.approx(math.log1p(2.5)) and high.item() == pytest.approx(math.log1p(5 * math.expm1(4)))

@@ -54,7 +54,7 @@ def names():
     patch.setattr(lab, "load_language_model", tiny_model)
     patch.setattr(lab, "load_hub_dataset", questions)
     rates = {m: (0.01, 0.2) for m in METHODS}
-    common = dict(seeds=(0, 1), steps=4, batch=8, every=2, adam=1e-3, rates=rates)
+    common = dict(seeds=(0, 1), steps=4, batch=8, every=2, utility=True, adam=1e-3, rates=rates)
     worlds = dict(
         authors=dict(memorize=(60, 32, 1e-2), optimizer="sgd", **common),
         tofu=dict(memorize=(60, 8, 1e-2), optimizer="adamw", **common),

@@ -640,8 +640,8 @@ def divergence_bounds(
 ) -> tuple[Tensor, Tensor]:
     r"""Bounds on how far each margin has moved after ``steps`` of gradient descent on *orthogonal* data (eq-npo-divergence).
 
-    Gradient ascent: between :math:`C\eta_0t\,b_x^2` and :math:`\eta_0t\,B_x^2`. NPO: between :math:`\frac1\beta\log(1+\beta C_7\eta_0t)` and
-    :math:`\frac1\beta\log(1+(e^{\beta C_8}-1)\eta_0t)`, with :math:`C=1-\sigma(M)`, :math:`C_7=Cb_x^2` and :math:`C_8=2(1+e^M)^\beta B_x^2`.
+    Gradient ascent: between :math:`a\,\eta_0t` and :math:`B_x^2\,\eta_0t`. NPO: between :math:`\frac1\beta\log(1+\beta a\,\eta_0t)` and
+    :math:`\frac1\beta\log(1+(e^{\beta A}-1)\,\eta_0t)`, with :math:`a=(1-\sigma(M))\,b_x^2` and :math:`A=2(1+e^M)^\beta B_x^2`.
 
     Args:
         steps: t, a number or an integer tensor, >= 0.
