@@ -348,6 +348,17 @@ def test_counts_of_the_landscape():
     assert P.NAMED["DPO"].antisymmetric()
 
 
+def test_some_ratios_have_several_structures():
+    """A factor cancels: the 225 usable structures have 187 ratios; the sensible ones have 16."""
+    different = lambda structures: {sympy.cancel(top / bottom) for top, bottom in (s.polynomials() for s in structures)}
+    assert len(different(BOTH)) == 187 and len(different(SENSIBLE)) == 16
+    with_factor = P.decompile(W * (1 - L), (1 - W) * (1 - L))
+    assert marks(with_factor) == "-✓-×" and not with_factor.equivalent(P.NAMED["CE"])
+    log_probs = uniform(20, 2)
+    ratios = (P.semantic_log_ratio(s, log_probs) for s in (with_factor, P.NAMED["CE"]))
+    assert torch.allclose(*ratios, atol=1e-9)
+
+
 def test_monotone_against_a_grid():
     """Exact sign test against the gradients on a grid; a strict sign that touches zero inside shows on the grid's diagonal."""
     grid = torch.linspace(0.02, 0.98, 25, dtype=DOUBLE)

@@ -340,15 +340,20 @@ def log_weighted_model_count(models: Tensor, log_probs: Tensor) -> Tensor:
     if models.ndim != 2 or models.shape[1] == 0:
         raise ValueError(f"models must have shape (m, n) with n > 0, got {tuple(models.shape)}")
     log_p = _log_probs(log_probs, models.shape[1])
-    return _log_count(models.to(log_p.device), log_p)
+    return _log_count(models.to(log_p.device), log_p, log1mexp(log_p))
 
 
-def _log_count(models: Tensor, log_p: Tensor) -> Tensor:
+def _log_weights(models: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Logarithms of the weights of m worlds, (B, m); ``log_q`` is log(1 - p)."""
+    # A choice, not a product with 0 and 1: that would meet 0 times a number that is out of range.
+    return torch.where(models, log_p[:, None], log_q[:, None]).sum(2)
+
+
+def _log_count(models: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Logarithm of the weight of all these worlds, (B,)."""
     if len(models) == 0:
         return log_p.new_full((len(log_p),), -torch.inf)
-    # A choice, not a product with 0 and 1: that would meet 0 times a number that is out of range.
-    log_weights = torch.where(models, log_p[:, None], log1mexp(log_p)[:, None]).sum(2)
-    return torch.logsumexp(log_weights, dim=1)
+    return torch.logsumexp(_log_weights(models, log_p, log_q), dim=1)
 
 
 def _masks(structure: Structure, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -388,7 +393,8 @@ def semantic_log_ratio(structure: Structure, log_probs: Tensor) -> Tensor:
     """
     above, below = _masks(structure, log_probs.device if isinstance(log_probs, Tensor) else None)
     log_p = _log_probs(log_probs, above.shape[1])
-    return _log_count(above, log_p) - _log_count(below, log_p)
+    log_q = log1mexp(log_p)
+    return _log_count(above, log_p, log_q) - _log_count(below, log_p, log_q)
 
 
 def _link(log_ratio: Tensor, link: str, beta: float) -> Tensor:
@@ -461,8 +467,7 @@ def log_ratio_gradient(structure: Structure, log_probs: Tensor) -> Tensor:
 
     def lifted(models: Tensor) -> Tensor:
         """Pr(not X_i | models) / Pr(not X_i)."""
-        log_weights = torch.where(models, log_p[:, None], log_q[:, None]).sum(2)
-        posterior = torch.log_softmax(log_weights, dim=1)[..., None] - log_q[:, None]
+        posterior = torch.log_softmax(_log_weights(models, log_p, log_q), dim=1)[..., None] - log_q[:, None]
         return torch.where(models, -torch.inf, posterior).exp().sum(1)
 
     return lifted(below) - lifted(above)
