@@ -46,6 +46,17 @@ LINKS = ("logistic", "squared", "hinge")
 def worlds(n: int) -> tuple[World, ...]:
     """All :math:`2^n` worlds, from all true to all false.
 
+    Args:
+        n: number of propositions, at least 1.
+
+    Returns:
+        A tuple of worlds, each a tuple of n bools.
+
+    Raises:
+        TypeError, ValueError: for an n that is no integer, or below 1.
+
+    Source: Richardson et al., the truth-table notation.
+
     Example:
         >>> ["".join("FT"[value] for value in world) for world in worlds(2)]
         ['TT', 'TF', 'FT', 'FF']
@@ -622,7 +633,13 @@ def _same(names: Sequence[str], *columns: Tensor) -> None:
 
 
 def cpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
-    r""":math:`\log\frac{p_w}{p_l}`, written out: the peer of ``NAMED["CPO"]``, shapes ``(B,)``.
+    r""":math:`\log\frac{p_w}{p_l}`, written out: the peer of ``NAMED["CPO"]``.
+
+    Args:
+        log_p_w, log_p_l: log-probabilities of winner and loser, shape ``(B,)``, floating point, finite.
+
+    Returns:
+        Shape ``(B,)``.
 
     Source: Xu et al. 2024 (CPO).
 
@@ -635,7 +652,13 @@ def cpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
 
 
 def orpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
-    r""":math:`\log\frac{p_w(1-p_l)}{p_l(1-p_w)}`, the log odds ratio: the peer of ``NAMED["ORPO"]``, shapes ``(B,)``, below 0.
+    r""":math:`\log\frac{p_w(1-p_l)}{p_l(1-p_w)}`, the log odds ratio: the peer of ``NAMED["ORPO"]``.
+
+    Args:
+        log_p_w, log_p_l: log-probabilities of winner and loser, shape ``(B,)``, floating point, finite, below 0.
+
+    Returns:
+        Shape ``(B,)``.
 
     Source: Hong et al. 2024 (ORPO).
 
@@ -650,7 +673,14 @@ def orpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
 
 
 def dpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor, ref_log_p_w: Tensor, ref_log_p_l: Tensor) -> Tensor:
-    r""":math:`\log\frac{p_w}{p_l}-\log\frac{p_w^{\rm ref}}{p_l^{\rm ref}}`: the peer of ``NAMED["DPO"]``, shapes ``(B,)``.
+    r""":math:`\log\frac{p_w}{p_l}-\log\frac{p_w^{\rm ref}}{p_l^{\rm ref}}`: the peer of ``NAMED["DPO"]``.
+
+    Args:
+        log_p_w, log_p_l: the model's log-probabilities of winner and loser, shape ``(B,)``, floating point, finite.
+        ref_log_p_w, ref_log_p_l: those of the reference.
+
+    Returns:
+        Shape ``(B,)``.
 
     Source: Rafailov et al. 2023 (DPO).
 
@@ -674,6 +704,12 @@ def simpo_log_ratio(
         log_p_w, log_p_l: log-probabilities of whole responses, shape ``(B,)``, floating point.
         length_w, length_l: tokens of the responses, shape ``(B,)``, at least 1.
         margin: :math:`\gamma`, in units of :math:`\rho`; SimPO's own margin divided by its :math:`\beta`.
+
+    Returns:
+        Shape ``(B,)``.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, shape or length, naming the argument.
 
     Source: Meng et al. 2024 (SimPO).
 
@@ -732,6 +768,9 @@ def is_monotone(structure: Structure, *, strict: bool = False) -> bool:
     Args:
         structure: of (W, L), with satisfiable forms.
         strict: ask for strict signs, inside of the square.
+
+    Returns:
+        A bool; true, unless ``strict``, also for a :math:`\rho` that is constant.
 
     Raises:
         TypeError, ValueError: for another number of variables, or a form that no world satisfies.
