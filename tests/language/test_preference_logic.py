@@ -180,6 +180,7 @@ def test_dictionary():
         assert P.NAMED[name].simplified().equivalent(P.NAMED[name])
     assert P.NAMED["CE"].simplified() == Structure(W, variables=(W, L))
     assert P.NAMED["cUNL"].simplified().additive == false
+    assert Structure.from_table("B✓B×").core == W  # free where a world counts on both sides
     names = {"CEUnl", "CE", "CPO", "ORPO", "unCPO", "cCPO", "cUNL", "fUNL", "cfUNL", "qfUNL"}
     assert sum(any(s.equivalent(P.NAMED[name]) for name in names) for s in SENSIBLE) == 10
     assert set(P.LOSSES) == set(P.NAMED) | {"IPO", "SLiC"}

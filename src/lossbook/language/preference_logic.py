@@ -302,8 +302,8 @@ def log1mexp(x: Tensor) -> Tensor:
         tensor([-1.3816e+01, -9.3576e-14])
     """
     near = x > -math.log(2)
-    # Where a branch is not taken, it is evaluated at -1, whose gradient is finite: infinity times 0 would be NaN.
-    near_zero = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    near_zero = torch.log(-torch.expm1(x))
+    # Where this branch is not taken, its gradient may be infinite, and 0 times infinity is NaN: evaluate it at -1.
     far_below = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
     return torch.where(near, near_zero, far_below)
 
