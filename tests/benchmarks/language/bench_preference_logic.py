@@ -65,7 +65,7 @@ def run() -> tuple[list[Row], list[Slope]]:
             )  # fmt: skip
     ours, peer = in_fresh_process(_decompile, 21)
     rows.append(Row(PART, SLUG, "decompile, DPO", "preference_loss, B = 64", "n = 4", ours, peer, ours / peer))
-    batches = (10_000, 20_000, 40_000, 80_000)
+    batches = (40_000, 80_000, 160_000, 320_000)
     times = [in_fresh_process(_time, batch, 4) for batch in batches]
     slopes.append(
         Slope("log_weighted_model_count", "time", f"B = {batches[0]} to {batches[-1]}, n = 4, 15 worlds", exponent(batches, times), "1 (O(Bmn))")
