@@ -180,6 +180,7 @@ def test_dictionary():
         assert P.NAMED[name].simplified().equivalent(P.NAMED[name])
     assert P.NAMED["CE"].simplified() == Structure(W, variables=(W, L))
     assert P.NAMED["cUNL"].simplified().additive == false
+    assert Structure.from_table("B✓B×").core == W  # free where a world counts on both sides
     names = {"CEUnl", "CE", "CPO", "ORPO", "unCPO", "cCPO", "cUNL", "fUNL", "cfUNL", "qfUNL"}
     assert sum(any(s.equivalent(P.NAMED[name]) for name in names) for s in SENSIBLE) == 10
     assert set(P.LOSSES) == set(P.NAMED) | {"IPO", "SLiC"}
@@ -346,6 +347,17 @@ def test_counts_of_the_landscape():
     assert [marks(s) for s in SENSIBLE if not P.is_monotone(s, strict=True)] == ["✓✓××", "×✓×✓"]
     assert [marks(s) for s in SENSIBLE if s.antisymmetric()] == ["B✓×B", "B✓×-", "-✓×B", "-✓×-"]
     assert P.NAMED["DPO"].antisymmetric()
+
+
+def test_some_ratios_have_several_structures():
+    """A factor cancels: the 225 usable structures have 187 ratios; the sensible ones have 16."""
+    different = lambda structures: {sympy.cancel(top / bottom) for top, bottom in (s.polynomials() for s in structures)}
+    assert len(different(BOTH)) == 187 and len(different(SENSIBLE)) == 16
+    with_factor = P.decompile(W * (1 - L), (1 - W) * (1 - L))
+    assert marks(with_factor) == "-✓-×" and not with_factor.equivalent(P.NAMED["CE"])
+    log_probs = uniform(20, 2)
+    ratios = (P.semantic_log_ratio(s, log_probs) for s in (with_factor, P.NAMED["CE"]))
+    assert torch.allclose(*ratios, atol=1e-9)
 
 
 def test_monotone_against_a_grid():

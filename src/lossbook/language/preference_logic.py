@@ -46,6 +46,17 @@ LINKS = ("logistic", "squared", "hinge")
 def worlds(n: int) -> tuple[World, ...]:
     """All :math:`2^n` worlds, from all true to all false.
 
+    Args:
+        n: number of propositions, at least 1.
+
+    Returns:
+        A tuple of worlds, each a tuple of n bools.
+
+    Raises:
+        TypeError, ValueError: for an n that is no integer, or below 1.
+
+    Source: Richardson et al., the truth-table notation.
+
     Example:
         >>> ["".join("FT"[value] for value in world) for world in worlds(2)]
         ['TT', 'TF', 'FT', 'FF']
@@ -291,8 +302,8 @@ def log1mexp(x: Tensor) -> Tensor:
         tensor([-1.3816e+01, -9.3576e-14])
     """
     near = x > -math.log(2)
-    # Where a branch is not taken, it is evaluated at -1, whose gradient is finite: infinity times 0 would be NaN.
-    near_zero = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    near_zero = torch.log(-torch.expm1(x))
+    # Where this branch is not taken, its gradient may be infinite, and 0 times infinity is NaN: evaluate it at -1.
     far_below = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
     return torch.where(near, near_zero, far_below)
 
@@ -340,15 +351,20 @@ def log_weighted_model_count(models: Tensor, log_probs: Tensor) -> Tensor:
     if models.ndim != 2 or models.shape[1] == 0:
         raise ValueError(f"models must have shape (m, n) with n > 0, got {tuple(models.shape)}")
     log_p = _log_probs(log_probs, models.shape[1])
-    return _log_count(models.to(log_p.device), log_p)
+    return _log_count(models.to(log_p.device), log_p, log1mexp(log_p))
 
 
-def _log_count(models: Tensor, log_p: Tensor) -> Tensor:
+def _log_weights(models: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Logarithms of the weights of m worlds, (B, m); ``log_q`` is log(1 - p)."""
+    # A choice, not a product with 0 and 1: that would meet 0 times a number that is out of range.
+    return torch.where(models, log_p[:, None], log_q[:, None]).sum(2)
+
+
+def _log_count(models: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Logarithm of the weight of all these worlds, (B,)."""
     if len(models) == 0:
         return log_p.new_full((len(log_p),), -torch.inf)
-    # A choice, not a product with 0 and 1: that would meet 0 times a number that is out of range.
-    log_weights = torch.where(models, log_p[:, None], log1mexp(log_p)[:, None]).sum(2)
-    return torch.logsumexp(log_weights, dim=1)
+    return torch.logsumexp(_log_weights(models, log_p, log_q), dim=1)
 
 
 def _masks(structure: Structure, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -388,7 +404,8 @@ def semantic_log_ratio(structure: Structure, log_probs: Tensor) -> Tensor:
     """
     above, below = _masks(structure, log_probs.device if isinstance(log_probs, Tensor) else None)
     log_p = _log_probs(log_probs, above.shape[1])
-    return _log_count(above, log_p) - _log_count(below, log_p)
+    log_q = log1mexp(log_p)
+    return _log_count(above, log_p, log_q) - _log_count(below, log_p, log_q)
 
 
 def _link(log_ratio: Tensor, link: str, beta: float) -> Tensor:
@@ -461,8 +478,7 @@ def log_ratio_gradient(structure: Structure, log_probs: Tensor) -> Tensor:
 
     def lifted(models: Tensor) -> Tensor:
         """Pr(not X_i | models) / Pr(not X_i)."""
-        log_weights = torch.where(models, log_p[:, None], log_q[:, None]).sum(2)
-        posterior = torch.log_softmax(log_weights, dim=1)[..., None] - log_q[:, None]
+        posterior = torch.log_softmax(_log_weights(models, log_p, log_q), dim=1)[..., None] - log_q[:, None]
         return torch.where(models, -torch.inf, posterior).exp().sum(1)
 
     return lifted(below) - lifted(above)
@@ -617,7 +633,13 @@ def _same(names: Sequence[str], *columns: Tensor) -> None:
 
 
 def cpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
-    r""":math:`\log\frac{p_w}{p_l}`, written out: the peer of ``NAMED["CPO"]``, shapes ``(B,)``.
+    r""":math:`\log\frac{p_w}{p_l}`, written out: the peer of ``NAMED["CPO"]``.
+
+    Args:
+        log_p_w, log_p_l: log-probabilities of winner and loser, shape ``(B,)``, floating point, finite.
+
+    Returns:
+        Shape ``(B,)``.
 
     Source: Xu et al. 2024 (CPO).
 
@@ -630,7 +652,13 @@ def cpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
 
 
 def orpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
-    r""":math:`\log\frac{p_w(1-p_l)}{p_l(1-p_w)}`, the log odds ratio: the peer of ``NAMED["ORPO"]``, shapes ``(B,)``, below 0.
+    r""":math:`\log\frac{p_w(1-p_l)}{p_l(1-p_w)}`, the log odds ratio: the peer of ``NAMED["ORPO"]``.
+
+    Args:
+        log_p_w, log_p_l: log-probabilities of winner and loser, shape ``(B,)``, floating point, finite, below 0.
+
+    Returns:
+        Shape ``(B,)``.
 
     Source: Hong et al. 2024 (ORPO).
 
@@ -645,7 +673,14 @@ def orpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
 
 
 def dpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor, ref_log_p_w: Tensor, ref_log_p_l: Tensor) -> Tensor:
-    r""":math:`\log\frac{p_w}{p_l}-\log\frac{p_w^{\rm ref}}{p_l^{\rm ref}}`: the peer of ``NAMED["DPO"]``, shapes ``(B,)``.
+    r""":math:`\log\frac{p_w}{p_l}-\log\frac{p_w^{\rm ref}}{p_l^{\rm ref}}`: the peer of ``NAMED["DPO"]``.
+
+    Args:
+        log_p_w, log_p_l: the model's log-probabilities of winner and loser, shape ``(B,)``, floating point, finite.
+        ref_log_p_w, ref_log_p_l: those of the reference.
+
+    Returns:
+        Shape ``(B,)``.
 
     Source: Rafailov et al. 2023 (DPO).
 
@@ -669,6 +704,12 @@ def simpo_log_ratio(
         log_p_w, log_p_l: log-probabilities of whole responses, shape ``(B,)``, floating point.
         length_w, length_l: tokens of the responses, shape ``(B,)``, at least 1.
         margin: :math:`\gamma`, in units of :math:`\rho`; SimPO's own margin divided by its :math:`\beta`.
+
+    Returns:
+        Shape ``(B,)``.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, shape or length, naming the argument.
 
     Source: Meng et al. 2024 (SimPO).
 
@@ -727,6 +768,9 @@ def is_monotone(structure: Structure, *, strict: bool = False) -> bool:
     Args:
         structure: of (W, L), with satisfiable forms.
         strict: ask for strict signs, inside of the square.
+
+    Returns:
+        A bool; true, unless ``strict``, also for a :math:`\rho` that is constant.
 
     Raises:
         TypeError, ValueError: for another number of variables, or a form that no world satisfies.
