@@ -348,7 +348,9 @@ def srpo_loss(log_ratios: PairLogRatios, *, beta: float, alpha: float = 0.25, re
     """
     ratios, beta = _ratios(log_ratios), _checks.positive_number("beta", beta)
     alpha = _checks.number("alpha", alpha, 0, 1)
-    return _checks.reduced((1 - alpha) * _generator_term(ratios, beta) + alpha * _improver_term(ratios, beta), reduction)
+    return _checks.reduced(
+        (1 - alpha) * _generator_term(ratios, beta) + alpha * _improver_term(ratios, beta), reduction
+    )
 
 
 def srpo_population_loss(
