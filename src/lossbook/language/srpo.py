@@ -65,6 +65,8 @@ class SaddlePoint(NamedTuple):
         improver: :math:`\pi_\dagger^*`, shape ``(K, K)``, drafts are rows.
         value: :math:`J^*`, shape ``()``.
         log_partition: :math:`\log Z(d)` of each draft, shape ``(K,)``; times beta it is what the improver can gain from the draft.
+
+    Source: Choi et al., the two players of the objective.
     """
 
     generator: Tensor
@@ -232,6 +234,8 @@ class PairLogRatios(NamedTuple):
         loser_given_loser: :math:`D(y_l\mid y_l)`, the loser left as it is.
         winner_given_winner: :math:`D(y_w\mid y_w)`.
         loser_given_winner: :math:`D(y_l\mid y_w)`.
+
+    Source: Choi et al., the offline loss.
     """
 
     winner: Tensor
@@ -344,7 +348,9 @@ def srpo_loss(log_ratios: PairLogRatios, *, beta: float, alpha: float = 0.25, re
     """
     ratios, beta = _ratios(log_ratios), _checks.positive_number("beta", beta)
     alpha = _checks.number("alpha", alpha, 0, 1)
-    return _checks.reduced((1 - alpha) * _generator_term(ratios, beta) + alpha * _improver_term(ratios, beta), reduction)
+    return _checks.reduced(
+        (1 - alpha) * _generator_term(ratios, beta) + alpha * _improver_term(ratios, beta), reduction
+    )
 
 
 def srpo_population_loss(
