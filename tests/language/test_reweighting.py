@@ -528,7 +528,7 @@ def test_training_a_language_model_under_autocast():
     for _ in range(30):
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.hidden(tokens)
-            losses, _ = R.sequence_losses(hidden, model.embedding.weight.to(hidden.dtype), tokens)
+            losses, _ = R.sequence_losses(hidden, model.output_weight.to(hidden.dtype), tokens)
             loss = R.reweighted_loss(losses, r=0.4)
         optimizer.zero_grad()
         loss.backward()

@@ -48,7 +48,7 @@ def sequence_losses(
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if shapes do not fit, or a row has no token to predict. (On an accelerator such a row is not seen, and its loss is 0.)
 
-    Complexity: O(BTVd) time, O(chunk * V + (BT + V) d) memory (:func:`lossbook.ops.token_logprobs`).
+    Complexity: O(BTVd) time, O(chunk * V + (BT + V) d) memory (:func:`lossbook.ops.sequence_logprobs`).
 
     Source: Sow et al. 2025, the loss of a sample.
 
@@ -62,19 +62,17 @@ def sequence_losses(
         raise ValueError(f"tokens must have shape {tuple(hidden.shape[:2])} like hidden, got {tuple(tokens.shape)}")
     if tokens.shape[1] < 2:
         raise ValueError(f"tokens must have at least 2 columns, so that there is one to predict, got {tokens.shape[1]}")
-    counted = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    counted = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) > 0
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
         if mask.shape != tokens.shape:
             raise ValueError(f"mask must have shape {tuple(tokens.shape)} like tokens, got {tuple(mask.shape)}")
-        counted = mask[:, 1:]
+        counted = counted & mask
         if _checks.known_false(counted.any(1)):
             raise ValueError("mask must keep a token after the first in each row, got a row without one")
-    targets = tokens[:, 1:].masked_fill(~counted, -100)
-    logprobs = ops.token_logprobs(hidden[:, :-1], weight, targets, bias=bias)
     num_tokens = counted.sum(1)
-    return -logprobs.sum(1) / num_tokens.clamp(min=1), num_tokens
+    return -ops.sequence_logprobs(hidden, weight, tokens, counted, bias=bias) / num_tokens.clamp(min=1), num_tokens
 
 
 def normalize_losses(losses: Tensor, *, delta: float = 1.0, eps: float = 1e-6) -> Tensor:
