@@ -252,6 +252,7 @@ def dro_value(losses: Tensor, *, r: float = 1.0) -> Tensor:
     return high + r * (torch.logsumexp((f - high) / r, dim=0) - math.log(len(f)))
 
 
+@torch.no_grad()
 def sample_weights(
     losses: Tensor,
     *,
@@ -289,9 +290,9 @@ def sample_weights(
     """
     _strategy(strategy)
     _temperature("r", r)
-    f = _losses(losses).detach()
+    f = _losses(losses)
     everyone = ops.gather(f) if distributed else f
-    weights = kl_weights(score(normalize_losses(everyone, delta=delta), strategy, delta=delta).detach(), r=r)
+    weights = kl_weights(score(normalize_losses(everyone, delta=delta), strategy, delta=delta), r=r)
     return weights[ops.local_rows(len(f), f.device)] if distributed else weights
 
 
