@@ -259,6 +259,18 @@ def test_mirror_surrogate(seed, eta):
     assert torch.allclose(least, closed, rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, scale=st.floats(0.1, 10))
+def test_mirror_surrogate_majorizes(seed, scale):
+    """By Pinsker's inequality it lies above the quadratic one, and so above a loss of the probabilities with L = 1."""
+    anchor, other = (F.log_softmax(scale * randn(6, 4, seed=seed + k), 1) for k in range(2))
+    y = randn(6, 4, seed=seed + 2)
+    losses, grad = T._oracle(lambda p: T.squared_losses(p, y), anchor.exp())
+    bound = losses + T.mirror_surrogate(other, anchor, grad, eta=1.0, reduction="none")
+    quadratic = T.target_surrogate(other.exp(), anchor.exp(), grad, eta=1.0, anchor_loss=losses, reduction="none")
+    assert (bound >= quadratic - 1e-11).all() and (bound >= T.squared_losses(other.exp(), y) - 1e-11).all()
+
+
 def test_mirror_surrogate_at_the_edge():
     logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
     value = T.mirror_surrogate(F.log_softmax(logits, 1), F.log_softmax(-logits.detach(), 1), torch.ones(1, 3), eta=1.0)
@@ -453,6 +465,14 @@ def test_closed_form_by_hand():
     )
     step = T.single_sample_step(x, theta, one, eta=2.0, inner_lr=0.25, inner_steps=3)
     assert step.tolist() == [-2 * 0.875 / 2, 0.0]
+
+
+def test_a_small_rate_is_not_lost():
+    """One step is SGD's, also where 1 - (1 - r) is zero in single precision."""
+    x, theta, slope = torch.tensor([1.0, 2.0]), torch.zeros(2), torch.tensor(3.0)
+    for alpha in (1e-8, 1e-12):
+        step = T.single_sample_step(x, theta, slope, eta=1.0, inner_lr=alpha, inner_steps=1)
+        assert torch.allclose(step, -alpha * slope * x, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["squared", "logistic"])

@@ -489,7 +489,11 @@ def single_sample_step(
     eta, inner_lr = _checks.positive_number("eta", eta), _checks.positive_number("inner_lr", inner_lr)
     _checks.positive_int("inner_steps", inner_steps)
     direction, squared = _one_sample(x, theta, grad)
-    return theta - eta * (1 - (1 - inner_lr / eta * squared) ** inner_steps) * direction
+    ratio = inner_lr / eta * squared
+    # 1 - (1 - r)^m, without losing a small r in rounding
+    small = -torch.expm1(inner_steps * torch.log1p(-ratio.clamp(max=0.5)))
+    share = torch.where(ratio < 0.5, small, 1 - (1 - ratio) ** inner_steps)
+    return theta - eta * share * direction
 
 
 def kaczmarz_step(x: Tensor, theta: Tensor, grad: Tensor, eta: float) -> Tensor:
