@@ -718,7 +718,8 @@ class SSO(_Counting):
     ``inner="gd"`` and one inner step it is SGD with the learning rate ``inner_lr``, whatever ``eta`` is.
 
     The model must be the same function throughout a step: no dropout, no batch norm in training mode, no new batch in ``forward``. Gradients are found
-    without ``.grad``, so a gradient scaler has nothing to scale; autocast to bfloat16 needs none.
+    without ``.grad``, so a gradient scaler has nothing to scale; autocast to bfloat16 needs none. ``eta`` and ``inner_steps`` may be changed between steps,
+    in ``param_groups[0]``; PyTorch's schedulers, which change an ``lr``, do not apply.
 
     Args:
         params: parameters, or parameter groups; a group may have its own ``inner_lr``, everything else is one for all groups.
@@ -800,6 +801,7 @@ class SSO(_Counting):
             The mean loss before the step, shape ``()``.
         """
         shared, record = self.param_groups[0], self._record()
+        _checks.positive_int("inner_steps", shared["inner_steps"])
         with torch.enable_grad():
             outputs = self._forward(forward)
         losses, grad = _oracle(loss, outputs)
