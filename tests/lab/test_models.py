@@ -103,7 +103,8 @@ def test_transformer_ties_its_output_weight():
     tokens = torch.randint(17, (3, 5))
     hidden = model.hidden(tokens)
     assert hidden.shape == (3, 5, 16)
-    torch.testing.assert_close(model(tokens), hidden @ model.embedding.weight.T)
+    torch.testing.assert_close(model(tokens), hidden @ model.output_weight.T)
+    assert model.output_weight is model.embedding.weight
     assert sum(p.numel() for p in model.parameters() if p.shape == (17, 16)) == 17 * 16
 
 

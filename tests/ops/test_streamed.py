@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lossbook.ops import sequence_logprobs, streamed_logsumexp, streamed_topk, token_logprobs
 from lossbook.ops import streamed as streamed_module
-from lossbook.ops import streamed_logsumexp, streamed_topk, token_logprobs
 
 
 def dense_logsumexp(queries, keys, temperature=1.0, bias=None, mask=None, exclude=None):
@@ -271,3 +271,48 @@ def test_backward_inside_of_autocast_is_that_outside():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = torch.autograd.grad(function(), (q, k))
         torch.testing.assert_close(inside, outside, rtol=0, atol=0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**31), chunk=st.sampled_from([None, 1, 3]), temperature=st.sampled_from([0.5, 1.0]))
+def test_sequence_logprobs_add_what_a_loop_adds(seed, chunk, temperature):
+    h, w, draw = instance(seed, 15, 7, 5)
+    bias = draw(7)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 7, (3, 5), generator=generator)
+    mask = torch.rand(3, 5, generator=generator) < 0.5
+    mask[:, 0], mask[:, 4] = False, True
+    tokens[~mask] = 99  # what is not counted may be padding
+    ours = sequence_logprobs(h.reshape(3, 5, 5), w, tokens, mask, bias=bias, temperature=temperature, chunk_size=chunk)
+    logprobs = (F.linear(h.reshape(3, 5, 5), w, bias) / temperature).log_softmax(-1)
+    theirs = torch.stack([sum(logprobs[b, t - 1, tokens[b, t]] for t in range(5) if mask[b, t]) for b in range(3)])
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    weight = draw(3)
+    for a, b in zip(
+        torch.autograd.grad((ours * weight).sum(), (h, w)),
+        torch.autograd.grad((theirs * weight).sum(), (h, w)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        ({"hidden": torch.ones(3, 2)}, ValueError, "hidden"),
+        ({"tokens": torch.ones(2, 4, dtype=torch.int64)}, ValueError, "tokens"),
+        ({"tokens": torch.ones(2, 3)}, TypeError, "tokens"),
+        ({"mask": None}, TypeError, "mask"),
+        ({"mask": torch.ones(2, 3)}, TypeError, "mask"),
+        ({"mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "mask must be false at position 0"),
+        ({"mask": torch.tensor([[False, True, True], [False] * 3])}, ValueError, "mask"),
+        ({"tokens": torch.full((2, 3), 4)}, ValueError, "targets"),
+        ({"temperature": 0}, ValueError, "temperature"),
+    ],
+)
+def test_sequence_logprobs_bad_input(change, error, name):
+    mask = torch.tensor([[False, True, True], [False, False, True]])
+    arguments = {"hidden": torch.ones(2, 3, 5), "weight": torch.ones(4, 5), "mask": mask}
+    arguments |= {"tokens": torch.ones(2, 3, dtype=torch.int64)} | change
+    with pytest.raises(error, match=name):
+        sequence_logprobs(**arguments)

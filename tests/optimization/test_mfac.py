@@ -568,6 +568,67 @@ def test_half_precision_parameters_have_a_single_precision_window():
     assert other._velocity.dtype == torch.float32 and torch.equal(other._fisher.rows, optimizer._fisher.rows)
 
 
+def test_state_of_another_optimizer_or_dtype():
+    net, batches = net_and_batches(dtype=torch.float64)
+    optimizer = M.MFAC(net.parameters(), lr=0.05, num_grads=3, momentum=0.5)
+    train(net, optimizer, batches[:3])
+    narrow = copy.deepcopy(net).float()
+    other = M.MFAC(narrow.parameters())
+    other.load_state_dict(optimizer.state_dict())
+    assert other._fisher.rows.dtype == other._velocity.dtype == torch.float32
+    wanted = train(net, optimizer, batches[3:])
+    found = train(narrow, other, [(x.float(), y) for x, y in batches[3:]])
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="state_dict must be that of an MFAC"):
+        other.load_state_dict(torch.optim.SGD(narrow.parameters()).state_dict())
+
+
+def test_damping_may_be_scheduled_and_the_window_may_not():
+    w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = M.MFAC([w], lr=1.0, num_grads=2, damping=1.0)
+    rows = [torch.tensor(row, dtype=torch.float64) for row in ([1.0, 2.0], [3.0, -1.0])]
+    for row, damping in zip(rows, (1.0, 0.1), strict=True):
+        optimizer.param_groups[0]["damping"] = damping
+        before, w.grad = w.detach().clone(), row
+        optimizer.step()
+    fisher = 0.1 * torch.eye(2, dtype=torch.float64) + sum(torch.outer(row, row) for row in rows) / 2
+    torch.testing.assert_close(before - w.detach(), torch.linalg.solve(fisher, rows[1]), rtol=1e-12, atol=1e-12)
+    optimizer.param_groups[0]["damping"] = 0.0
+    with pytest.raises(ValueError, match="damping"):
+        optimizer.step()
+    optimizer.param_groups[0] |= dict(damping=0.1, num_grads=3)
+    with pytest.raises(ValueError, match="num_grads must stay 2 after the first step, got 3"):
+        optimizer.step()
+    assert optimizer._fisher.num_seen == 2
+
+
+def test_groups_come_before_the_mask():
+    optimizer = M.MFAC([nn.Parameter(torch.tensor([0.0, 1.0]))], sparse=True)
+    with pytest.raises(ValueError, match="param_group must come before"):
+        optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(1))]))
+    assert len(optimizer.param_groups) == 1
+
+
+def test_mask_holds_without_decay():
+    w = nn.Parameter(torch.tensor([0.0, 1.0]))
+    optimizer = M.MFAC([w], lr=0.1, num_grads=2, sparse=True)
+    w.grad = torch.ones(2)
+    optimizer.step()
+    assert w[0] == 0 and w[1] < 1 and optimizer._fisher.rows[0].tolist() == [0.0, 1.0]
+
+
+def test_pruning_hands_out_copies_of_the_weights():
+    """A grad_fn that spoils its argument spoils nothing else."""
+    gradients = torch.eye(4) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    def spoil(w):
+        w.zero_()
+        return gradients
+
+    wanted = M.prune_obs(torch.ones(4), lambda w: gradients, 0.5, num_grads=4, rounds=2)
+    assert torch.equal(M.prune_obs(torch.ones(4), spoil, 0.5, num_grads=4, rounds=2), wanted)
+
+
 def test_sparse_parameters_stay_zero():
     net, batches = net_and_batches()
     with torch.no_grad():

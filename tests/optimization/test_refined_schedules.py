@@ -441,7 +441,7 @@ def test_a_run_resumes_from_its_checkpoint(kind, name):
     file.seek(0)
     other = network(1)
     other_optimizer = optimizers(other, name)
-    other_scheduler = R.TabulatedLR(other_optimizer, [1.0])  # the checkpoint brings its own table
+    other_scheduler = R.TabulatedLR(other_optimizer, torch.tensor([1]))  # the checkpoint brings its own table
     other_recorder = R.GradNormRecorder(other.parameters(), ord=1)
     other[0].weight.grad = torch.ones(8, 4, dtype=F64)
     other_recorder.record()  # forgotten when the checkpoint is loaded
@@ -712,6 +712,8 @@ def test_bad_numbers(bad):
         (lambda: R.named_schedule("inverse", 5, offset=0.0), ValueError, "offset must be"),
         (lambda: R.TabulatedLR("sgd", [1.0]), TypeError, "not an Optimizer"),
         (lambda: R.TabulatedLR(torch.optim.SGD([torch.ones(1)], lr=1.0), [1.0, -0.1]), ValueError, "table must be >="),
+        (lambda: R.TabulatedLR(torch.optim.SGD([torch.ones(1)], lr=1.0), "0.5"), TypeError, "table must hold numbers"),
+        (lambda: R.TabulatedLR(torch.optim.SGD([torch.ones(1)], lr=1.0), [None]), TypeError, "table must hold numbers"),
         (lambda: R.TabulatedLR(torch.optim.SGD([torch.ones(1)], lr=1.0), []), ValueError, "table must not be empty"),
         (lambda: R.TabulatedLR(torch.optim.SGD([torch.ones(1)], lr=1.0), [math.nan]), ValueError, "table must be fin"),
         (lambda: R.TabulatedLR(torch.optim.SGD([torch.ones(1)], lr=1.0), torch.ones(2, 2)), ValueError, "table must h"),

@@ -23,6 +23,7 @@ from lossbook.lab._data import (
     load_textures,
     load_usps,
 )
+from lossbook.lab._hub import PretrainedTransformer, load_hub_dataset, load_language_model
 from lossbook.lab._models import MLP, ConvNet, ResNet, Transformer
 from lossbook.lab._plots import COLORS, band, mean_interval, slider_figure
 from lossbook.lab._start import Run, seed_all, start
@@ -33,6 +34,7 @@ __all__ = [
     "ClaimError",
     "ConvNet",
     "Images",
+    "PretrainedTransformer",
     "ResNet",
     "Run",
     "Transformer",
@@ -45,6 +47,8 @@ __all__ = [
     "load_digits",
     "load_faces",
     "load_graph",
+    "load_hub_dataset",
+    "load_language_model",
     "load_mnist",
     "load_patches",
     "load_rotated_digits",

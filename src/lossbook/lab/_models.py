@@ -206,11 +206,16 @@ class Transformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the normalized states ``(B, T, dim)``; times ``embedding.weight.T`` they are the logits."""
+        """Return the normalized states ``(B, T, dim)``; times ``output_weight.T`` they are the logits."""
         if tokens.ndim != 2 or tokens.shape[1] > self.context:
             raise ValueError(f"tokens must be (B, T) with T <= {self.context}, got shape {tuple(tokens.shape)}")
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         return self.norm(self.layers(self.embedding(tokens) + self.position(positions)))
 
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """The output layer ``(V, dim)``, one row a token: here the token embedding itself."""
+        return self.embedding.weight
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.hidden(tokens), self.embedding.weight)
+        return F.linear(self.hidden(tokens), self.output_weight)

@@ -237,3 +237,65 @@ def token_logprobs(
         if scaled_bias is not None:
             target_logits = target_logits + scaled_bias[index]
     return (target_logits - normalizer).reshape(targets.shape).masked_fill(~used, 0)
+
+
+def sequence_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Log-probability of each sequence's marked tokens, each given those before it: a response, given its prompt.
+
+    :math:`\log\pi(y\mid x)=\sum_{t:\,m_t=1}\log p(y_t\mid y_{<t})`, where the state at position t - 1 predicts token t.
+
+    Args:
+        hidden: shape ``(B, T, d)``, floating point: the last hidden states of a causal model.
+        weight: shape ``(V, d)``, the dtype and device of ``hidden``: the output layer, one row a token.
+        tokens: shape ``(B, T)``, int64, in ``[0, V)`` wherever ``mask`` is true.
+        mask: shape ``(B, T)``, bool, true at the tokens that are counted, one or more in each row. Nothing predicts
+            position 0: false there.
+        bias: shape ``(V,)`` or None.
+        temperature: a number > 0.
+        chunk_size: tokens taken at a time; None chooses by ``V`` and the device.
+
+    Returns:
+        Shape ``(B,)``, float32 or wider. Divided by ``mask.sum(1)``, it is the mean for each token.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if shapes do not fit, ``mask`` is true at position 0 or has a row without a true element, a counted
+            token is out of range, or the temperature is not finite and positive.
+
+    Complexity: as :func:`token_logprobs`, for the tokens that are counted.
+
+    Source: the likelihood of a response under a language model, as all preference losses take it.
+
+    Example:
+        >>> tokens, mask = torch.tensor([[0, 1, 2]]), torch.tensor([[False, True, True]])
+        >>> sequence_logprobs(torch.zeros(1, 3, 2), torch.zeros(4, 2), tokens, mask)  # -2 log 4
+        tensor([-2.7726])
+    """
+    _checks.floating("hidden", hidden, 3)
+    if _checks.integer("tokens", tokens, 2).shape != hidden.shape[:2]:
+        raise ValueError(f"tokens must have shape {tuple(hidden.shape[:2])}, got {tuple(tokens.shape)}")
+    if _checks.boolean_mask("mask", mask, tuple(tokens.shape)) is None:
+        raise TypeError("mask must be a boolean tensor, got None")
+    if _checks.known_false(~mask[:, :1]):
+        raise ValueError("mask must be false at position 0, which nothing predicts")
+    rows, positions = mask.nonzero(as_tuple=True)
+    chosen = hidden[rows, positions - 1]
+    logprobs = token_logprobs(
+        chosen,
+        weight,
+        tokens[rows, positions],
+        bias=bias,
+        temperature=temperature,
+        ignore_index=-1,
+        chunk_size=chunk_size,
+    )
+    return logprobs.new_zeros(len(tokens)).index_add(0, rows, logprobs)

@@ -10,6 +10,7 @@ With the damping :math:`10^{-5}` of the official code, entries are multiplied by
 that leads to it, is therefore computed in float64, a page of columns at a time.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -350,10 +351,10 @@ class DynamicInverseFisher:
 
     @property
     def factor(self) -> Tensor:
-        r"""The Cholesky factor of :math:`\lambda^{-1}GG^\top+mI`, float64; computed once after an update."""
-        if self._cholesky is None:
-            self._cholesky = _factor(self.gram, self.damping)
-        return self._cholesky
+        r"""The Cholesky factor of :math:`\lambda^{-1}GG^\top+mI`, float64; computed once after an update or a change of ``damping``."""
+        if self._cholesky is None or self._cholesky[0] != self.damping:
+            self._cholesky = self.damping, _factor(self.gram, self.damping)
+        return self._cholesky[1]
 
     @property
     def D(self) -> Tensor:
@@ -417,6 +418,11 @@ class DynamicInverseFisher:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _wide(params: list[Tensor]) -> torch.dtype:
+    """The dtype of the window: that of the parameters, or float32 where theirs are narrower."""
+    return functools.reduce(torch.promote_types, [p.dtype for p in params], torch.float32)
+
+
 class MFAC(torch.optim.Optimizer):
     r"""Steps along :math:`\hat F^{-1}g`, with the Fisher matrix of the last gradients of all parameters together (eq-mfac-step).
 
@@ -424,7 +430,7 @@ class MFAC(torch.optim.Optimizer):
     :math:`u=\hat F^{-1}g`, :math:`v\leftarrow\mu v+(1-\mu)u`, :math:`w\leftarrow w-\mathrm{lr}\,v`. By eq-mfac-decrease a step without momentum changes the loss by at
     most :math:`\mathrm{lr}\cdot m` to first order: learning rates are small.
 
-    One window spans all groups: only ``lr`` may differ between groups. A parameter without gradient counts as a gradient of zero.
+    One window spans all groups: only ``lr`` may differ between groups. ``num_grads`` stays what it is from the first step on. A parameter without gradient counts as a gradient of zero.
 
     Args:
         params: parameters or groups, on one device.
@@ -498,11 +504,10 @@ class MFAC(torch.optim.Optimizer):
 
     def _gradient(self, params: list[Tensor], weight_decay: float) -> Tensor:
         """All gradients as one vector, with the decay, in float32 or wider."""
-        dtype = torch.float32
         for p in params:
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise ValueError(f"params must have dense gradients, got layout {p.grad.layout}")
-            dtype = torch.promote_types(dtype, p.dtype)
+        dtype = _wide(params)
         g = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().to(dtype) for p in params])
         if weight_decay:
             g = g + weight_decay * torch.cat([p.flatten().to(dtype) for p in params])
@@ -522,6 +527,11 @@ class MFAC(torch.optim.Optimizer):
             self._fisher = DynamicInverseFisher(
                 shared["num_grads"], len(g), shared["damping"], dtype=g.dtype, device=g.device
             )
+        if self._fisher.window != shared["num_grads"]:
+            raise ValueError(
+                f"num_grads must stay {self._fisher.window} after the first step, got {shared['num_grads']}"
+            )
+        self._fisher.damping = _checks.positive_number("damping", shared["damping"])  # it may be scheduled, as lr
         v = self._fisher.update_mul(g)
         if momentum := shared["momentum"]:
             previous = torch.zeros_like(v) if self._velocity is None else self._velocity
@@ -539,19 +549,25 @@ class MFAC(torch.optim.Optimizer):
         return super().state_dict() | {"mfac": dict(window=window, velocity=self._velocity, mask=self._mask)}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Continue from :meth:`state_dict`, on the device where the parameters are now; tensors are copied."""
+        """Continue from :meth:`state_dict`, on the device and in the dtype of the parameters as they are now; tensors are copied.
+
+        The mask is that of ``state_dict``. Raises ValueError for the state of another optimizer or of other parameters.
+        """
+        if "mfac" not in state_dict:
+            raise ValueError("state_dict must be that of an MFAC, got one without 'mfac'")
         params, state = self._params(), state_dict["mfac"]
         window, dim = state["window"], sum(p.numel() for p in params)
+        dtype = _wide(params)
         if window is not None and window["rows"].shape[1] != dim:
             raise ValueError(f"state_dict must be of {dim} parameters, got {window['rows'].shape[1]}")
         super().load_state_dict(state_dict)
 
-        def own(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(params[0].device, copy=True)
+        def own(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+            return None if tensor is None else tensor.to(params[0].device, dtype, copy=True)
 
-        self._velocity, self._mask, self._fisher = own(state["velocity"]), own(state["mask"]), None
+        self._velocity, self._mask, self._fisher = own(state["velocity"], dtype), own(state["mask"]), None
         if window is not None:
-            rows, damping = own(window["rows"]), self.param_groups[0]["damping"]
+            rows, damping = own(window["rows"], dtype), self.param_groups[0]["damping"]
             self._fisher = DynamicInverseFisher(*rows.shape, damping, dtype=rows.dtype, device=rows.device)
             self._fisher.rows, self._fisher.gram = rows, own(window["gram"])
             self._fisher.num_seen = window["num_seen"]

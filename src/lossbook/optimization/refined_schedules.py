@@ -491,7 +491,10 @@ class TabulatedLR(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer, table: Tensor | Sequence[float], last_epoch: int = -1):
-        values = table if isinstance(table, Tensor) else torch.tensor(table, dtype=torch.float64)
+        try:
+            values = torch.as_tensor(table, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"table must hold numbers, got {table!r}") from error
         values = _checks.finite("table", _checks.floating("table", values, 1)).detach()
         if bool((values < 0).any()):
             raise ValueError(f"table must be >= 0 everywhere, got {values.min():g}")
