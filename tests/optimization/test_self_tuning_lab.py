@@ -69,6 +69,45 @@ def test_full_profile_trains(names):
     assert names["values"](names["plain"], ("grid", 0.2), "final").shape == (2,)
 
 
+def test_stacked_networks_are_single_ones(names, monkeypatch):
+    """Without noise every network of the stack is trained as by torch's SGD."""
+    zeros = {name: torch.zeros(1) for name in names["NAMES"]}
+    monkeypatch.setitem(names, "schedule_of", lambda *job: zeros)
+    results = names["ordinary"](0, 1)
+    train, valid, test, net, optimizer = names["prepare"](1)
+    data, curve = names["batches"](*train, 1), []
+    for update in range(24):
+        x, y = next(data)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x, None, zeros), y).backward()
+        optimizer.step()
+        if update in (5, 11, 17, 23):
+            curve.append(names["evaluate"](net, *valid)[0])
+    assert list(results) == names["PARTS"][0]
+    for result in results.values():
+        assert result["curve"] == pytest.approx(curve, rel=1e-3) and result["final"] == result["curve"][-1]
+        assert result["test_loss"] == pytest.approx(names["evaluate"](net, *test)[0], rel=1e-3)
+        assert result["accuracy"] == pytest.approx(names["evaluate"](net, *test)[1], abs=0.05)
+
+
+def test_schedules(names):
+    recorded = names["tuned"][0.05, "valid", 1]["schedule"]
+    assert names["schedule_of"]("replay", 0.05, 1) is recorded
+    last = names["schedule_of"]("last value", 0.05, 1)
+    assert all(torch.equal(last[name], recorded[name][-1:]) for name in names["NAMES"])
+    grid = names["schedule_of"]("grid", 0.4, 0)
+    assert grid["linear"].item() == pytest.approx(0.4) and grid["noise"].item() == pytest.approx(0.3 * 0.4 / 0.9)
+    drawn = names["schedule_of"]("random", 0, 1)
+    assert all(
+        0 <= drawn[name].item() <= names["RANGES"][name].kwds.get("scale", names["RANGES"][name].args[1])
+        for name in names["NAMES"]
+    )
+    assert drawn != names["schedule_of"]("random", 0, 0)
+    assert sorted(map(str, names["PARTS"][0] + names["PARTS"][1])) == sorted(
+        map(str, names["SEARCH"] + names["REPLAYS"])
+    )
+
+
 def test_data(names):
     train, valid, test = names["load"](0)
     assert [len(x) for x, _ in (train, valid, test)] == [60, 30, 30]
