@@ -174,13 +174,15 @@ def test_autocast_compile_and_vmap(kind):
     layer = make(dtype=torch.float32)
     x = randn(*((6, 5) if kind == "linear" else (6, 4, 8, 8)), dtype=torch.float32)
     h = randn(6, 3, seed=1, dtype=torch.float32)
-    expected = layer(x, h)
+    expected, norms = layer(x, h), layer.squared_norm(h)
     with torch.autocast("cpu", torch.bfloat16):
         half = layer(x, h)
         # Gates stay in float32: a perturbation of 0.001 beside 5 is seen by them.
         near = layer._gates(torch.tensor([5.0, 5.0, 5.001]), x, 0 if kind == "linear" else 2)[0]
         assert near.dtype == torch.float32
         assert not torch.equal(near, layer._gates(torch.tensor([5.0, 5.0, 5.0]), x, 0 if kind == "linear" else 2)[0])
+        assert layer.squared_norm(h).dtype == torch.float32
+        torch.testing.assert_close(layer.squared_norm(h), norms)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.05)
     half.float().square().mean().backward()
@@ -696,7 +698,7 @@ def test_expected_ridge_response(lam, scale):
     w0, theta = (value.requires_grad_() for value in S.expected_ridge_response(X, t, lam, scale))
     for gradient in torch.autograd.grad(moments(X, t, lam, scale)(w0, theta), (w0, theta)):
         assert gradient.abs().max() < 1e-8
-    # The dossier's form of the same system, in w0 and theta.
+    # The same system in w0 and theta, not centered.
     m0 = math.exp(lam + scale**2 / 2)
     m1, m2 = (lam + scale**2) * m0, ((lam + scale**2) ** 2 + scale**2) * m0
     A, b, eye = X.T @ X / 15, X.T @ t / 15, torch.eye(4, dtype=DOUBLE)
@@ -1118,6 +1120,9 @@ def test_bad_trainers():
     with pytest.raises(ValueError, match="depend on h"):
         deaf = S.STNTrainer(model, hparams, train_loss, lambda m, batch, h: m(batch[0]).mean(), **good)
         deaf.step(batches(2), batches(1))
+    for batch in (None, "text", [], ["text"]):
+        with pytest.raises(TypeError, match="batch_size must be given"):
+            make().step([batch] * 2, [batch])
     with pytest.raises(ValueError, match="update"):
         S.replayed_rates({"a": torch.ones(2)}, -1, 3)
     with pytest.raises(ValueError, match="schedule"):

@@ -69,15 +69,20 @@ class _BestResponse(nn.Module):
             if gate is not None:
                 nn.init.normal_(gate, std=0.01)  # not 0: then hyper_weight would get no gradient at first
 
+    @staticmethod
+    def _gate(h: Tensor, weight: Tensor) -> Tensor:
+        """V h for each row of ``h``; never in half precision, where a hyperparameter loses its perturbation."""
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h, weight)
+
     def _gates(self, h: Tensor, x: Tensor, trailing: int) -> tuple[Tensor, Tensor | float]:
         """The gates of the outputs and the change of the bias, ready to multiply and add to outputs with ``trailing`` dimensions after the unit's."""
         _response_input(h, x, self.num_hparams, self.weight.dtype)
-        with torch.autocast(h.device.type, enabled=False):  # a hyperparameter in half precision loses its perturbation
-            gate = F.linear(h, self.weight_gate)
-            shift = 0.0 if self.bias is None else F.linear(h, self.bias_gate) * self.hyper_bias
+        gate = self._gate(h, self.weight_gate)
+        shift = None if self.bias is None else self._gate(h, self.bias_gate) * self.hyper_bias
         between = 0 if h.ndim == 1 else x.ndim - 2 - trailing  # dimensions of x between example and unit
         place = lambda value: value.reshape(*value.shape[:-1], *(1,) * between, -1, *(1,) * trailing)
-        return place(gate), shift if self.bias is None else place(shift)
+        return place(gate), 0.0 if shift is None else place(shift)
 
     def effective_weight(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         r"""The weight :math:`\hat W_\phi(\lambda)` and bias :math:`\hat b_\phi(\lambda)` for one ``h`` (eq-self_tuning-layer), formed.
@@ -93,9 +98,9 @@ class _BestResponse(nn.Module):
         """
         if _checks.floating("h", h).shape != (self.num_hparams,):
             raise ValueError(f"h must have shape ({self.num_hparams},), got {tuple(h.shape)}")
-        gate = F.linear(h, self.weight_gate).reshape(-1, *(1,) * (self.weight.ndim - 1))
+        gate = self._gate(h, self.weight_gate).reshape(-1, *(1,) * (self.weight.ndim - 1))
         weight = self.weight + gate * self.hyper_weight
-        return weight, None if self.bias is None else self.bias + F.linear(h, self.bias_gate) * self.hyper_bias
+        return weight, None if self.bias is None else self.bias + self._gate(h, self.bias_gate) * self.hyper_bias
 
     def squared_norm(self, h: Tensor) -> Tensor:
         r"""The squared Frobenius norm of :math:`\hat W_\phi(\lambda)`, for a weight decay of each example (eq-self_tuning-norm), without forming it.
@@ -115,7 +120,7 @@ class _BestResponse(nn.Module):
         """
         _response_input(h, h, self.num_hparams, self.weight.dtype)
         elementary, hyper = self.weight.flatten(1), self.hyper_weight.flatten(1)
-        gate = F.linear(h, self.weight_gate)
+        gate = self._gate(h, self.weight_gate)
         cross, square = (elementary * hyper).sum(1), hyper.square().sum(1)
         return elementary.square().sum() + (gate * (2 * cross + gate * square)).sum(-1)
 
@@ -688,9 +693,14 @@ def cutout_per_example(
 
 def _first_length(batch: Any) -> int:
     """The number of examples: the length of the first tensor of a batch."""
-    if isinstance(batch, Mapping):
-        batch = next(iter(batch.values()))
-    return len(batch) if isinstance(batch, Tensor) else _first_length(batch[0])
+    first = batch
+    while not isinstance(first, Tensor):
+        if not isinstance(first, Mapping | Sequence) or isinstance(first, str) or not first:
+            raise TypeError(
+                f"batch_size must be given for batches without a tensor in front, got {type(batch).__name__}"
+            )
+        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+    return len(first)
 
 
 def _drawn(name: str, batches: Iterable[Any], count: int) -> list[Any]:
