@@ -921,6 +921,9 @@ def test_warm_up_history_and_modes():
     rates = S.replayed_rates(schedule, 7, 5)
     assert rates["dropout"].shape == (5,) and (rates["dropout"] == schedule["dropout"][3]).all()
     assert S.replayed_rates(schedule, 10**6, 1, train_steps=3)["penalty"] == schedule["penalty"][3]
+    ramp = {"rate": torch.tensor([0.1, 0.2, 0.3, 0.4])}
+    assert [S.replayed_rates(ramp, k, 1)["rate"].item() for k in range(5)] == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3])
+    assert S.replayed_rates(ramp, 5, 1, train_steps=3)["rate"].item() == pytest.approx(0.2)
     assert S.replayed_rates(schedule, 3, 1, train_steps=1)["dropout"] == schedule["dropout"][3]
     t.model.train()
     with pytest.raises(ValueError, match="valid_batches must give 3"):
