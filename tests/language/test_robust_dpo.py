@@ -272,6 +272,19 @@ def test_margin(seed, beta):
     torch.testing.assert_close(swapped, -found)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "names", [("policy_chosen",), ("policy_rejected",), ("ref_chosen",), ("policy_rejected", "ref_rejected")]
+)
+def test_margin_names_what_is_not_finite(names, value):
+    """Also where two infinities meet."""
+    logps = {f"{who}_{what}": torch.zeros(4) for who in ("policy", "ref") for what in ("chosen", "rejected")}
+    for name in names:
+        logps[name][2] = value
+    with pytest.raises(ValueError, match=f"{names[0]}_logps must be finite"):
+        R.preference_margin(**{f"{name}_logps": x for name, x in logps.items()}, beta=0.1)
+
+
 def test_flips():
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = torch.arange(30_000).reshape(10_000, 3), -torch.arange(30_000).reshape(10_000, 3) - 1
@@ -341,6 +354,8 @@ def test_population_margins_of_other_bases(p, rate, kind, target):
 
 def test_population_margin_at_the_edges():
     assert R.population_margin(1e-15, kind="rdpo", noise_rate=0.3).item() == pytest.approx(math.log(1e-15), rel=1e-9)
+    half = R.population_margin(torch.tensor([0.25], dtype=torch.bfloat16), kind="rdpo", noise_rate=0.4)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(-math.log(3), rel=1e-5)
     p = torch.tensor([0.1, 0.5, 0.9])
     assert R.population_margin(p, kind="cdpo", noise_rate=0.2).dtype == torch.float32
     assert R.population_margin(0.5, kind="cdpo", noise_rate=0.2, base="hinge").item() == 0
@@ -521,6 +536,31 @@ def test_separable_pairs_have_no_minimum():
     twice = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])  # of many minimizers, the shortest
     assert R.LogLinearPreference(1.0, 0.0, "dpo").fit(twice).coef_.tolist() == pytest.approx([math.log(2) / 2] * 2)
     assert R.LogLinearPreference(1.0, 0.0, "dpo").fit(torch.zeros(3, 2)).coef_.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", R.KINDS)
+def test_a_direction_without_a_minimum_is_found_though_the_rest_has_one(kind):
+    """The first pair separates along (1, 1), where the gradient and the curvature fade; the other two balance."""
+    x = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0]])
+    for turn in (torch.eye(2), torch.tensor([[1.0, 0.3], [0.1, 1e-7]])):
+        model = R.LogLinearPreference(1.0, 0.1, kind)
+        if kind == "cdpo":
+            margins = model.fit(x @ turn).decision_function(x @ turn)
+            assert model.converged_ and margins.tolist() == pytest.approx([math.log(9), 0, 0], abs=1e-6)
+        else:
+            with pytest.warns(RuntimeWarning, match="unbounded below"):
+                assert not model.fit(x @ turn).converged_
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-4, 1e9])
+def test_features_of_any_size(scale):
+    """Margins do not depend on the units of a feature."""
+    x, _ = sample(400, 3, 0.1, 1.0, torch.Generator().manual_seed(4))
+    units = torch.tensor([1.0, scale, 1.0], dtype=torch.float64)
+    for kind in R.KINDS:
+        ours, other = (R.LogLinearPreference(1.0, 0.1, kind).fit(t) for t in (x, x * units))
+        assert ours.converged_ and other.converged_
+        torch.testing.assert_close(other.coef_ * units, ours.coef_, rtol=1e-5, atol=1e-6)
 
 
 def test_estimator_predicts():
@@ -708,6 +748,8 @@ def test_bad_rates(rate):
         (lambda: R.robust_dpo_loss(Z, noise_rate=0.1, base="ipo"), "base"),
         (lambda: R.robust_dpo_loss(Z, noise_rate=0.1, base="hinge", target=0.0), "target"),
         (lambda: R.robust_preference_loss(torch.sum, Z, noise_rate=0.1), "loss_fn"),
+        (lambda: R.robust_preference_loss(None, Z, noise_rate=0.1), "loss_fn"),
+        (lambda: R.robust_preference_loss(lambda t: t.tolist(), Z, noise_rate=0.1), "loss_fn"),
         (lambda: R.gradient_weight(Z, kind="ipo", noise_rate=0.1), "kind"),
         (lambda: R.population_margin(1.5, kind="dpo", noise_rate=0.1), "p must"),
         (lambda: R.population_margin(torch.tensor([-0.1]), kind="dpo", noise_rate=0.1), "p must"),

@@ -2,10 +2,11 @@
 
 import math
 
+import nbformat
 import numpy as np
 import pytest
 import torch
-from full_profile import run_full
+from full_profile import LABS, run_full
 
 from lossbook import lab
 
@@ -65,14 +66,18 @@ def letters():
 @pytest.mark.parametrize("which", ["imdb", "letters"])
 def test_runs(which, request):
     names = request.getfixturevalue(which)
-    expected = {(kind, beta, s) for kind in names["NAMES"] for beta in (0.1, 0.5) for s in (0, 1)}
-    assert set(names["tuned"]) == {job for job in expected if job[0] != "clean" or job[1] == 0.5}
-    for (_, beta, _), result in names["tuned"].items():
+    grid = {"clean": (0.5,), "dpo": (0.02, 0.1, 0.5), "cdpo": (0.1, 0.5), "rdpo": (0.1, 0.5)}
+    assert set(names["tuned"]) == {(kind, beta, s) for kind, betas in grid.items() for beta in betas for s in (0, 1)}
+    for (_, beta, seed), result in names["tuned"].items():
         assert len(result["checkpoints"]) == 4 and len(result["losses"]) == 24
         for c in result["checkpoints"]:
             assert np.isfinite(list(c.values())).all() and 0 <= c["accuracy"] <= 1 and c["kl"] > -0.1
         assert result["losses"][0] == pytest.approx(math.log(2), abs=1e-5)  # every margin is 0 at the start
         assert result["margins"].shape == (200,) and result["margins"].abs().max() < beta * 100
+        for kind, loss in result["noisy"].items():  # on pairs that the tuning did not see, with flips
+            z = torch.where(names["worlds"][(seed,)].data["held", "flipped"], -1, 1) * result["margins"]
+            slope = {"dpo": 0.0, "cdpo": 0.4, "rdpo": -2.0}[kind]
+            assert loss == pytest.approx((torch.nn.functional.softplus(-z) + slope * z).mean().item(), abs=1e-5)
     for s in (0, 1):
         start = names["starts"][s]
         assert start["kl"] == pytest.approx(0, abs=1e-5) and start["held_clean"] == pytest.approx(math.log(2), abs=1e-6)
@@ -129,6 +134,45 @@ def test_frontier_of_letters_is_exact(letters):
     assert world.reward(texts).mean().item() == pytest.approx(letters["starts"][0]["reward"], abs=0.3)
     values = 2 * torch.linspace(-1, 1, 10)[texts[:, 1:]].sum(1)
     torch.testing.assert_close(world.reward(texts), values)
+
+
+@pytest.fixture
+def helpers(letters):
+    """What the claims are computed with."""
+    names = dict(letters)
+    cells = nbformat.read(LABS / "language/robust_dpo.ipynb", as_version=4).cells
+    exec(next(cell.source for cell in cells if "def within(" in cell.source), names)
+    return names
+
+
+def test_most_reward_up_to_a_divergence(helpers):
+    points = lambda *rows: {"checkpoints": [dict(kl=kl, reward=reward) for kl, reward in rows]}
+    helpers["SEEDS"] = [0]
+    helpers["starts"] = {0: dict(reward=1.0)}
+    helpers["tuned"] = {
+        ("dpo", 0.1, 0): points((1.0, 2.0), (3.0, 4.0), (4.0, 9.0)),
+        ("dpo", 0.5, 0): points((0.5, 2.5), (0.7, 0.0), (8.0, 20.0)),
+        ("rdpo", 0.1, 0): points((4.0, 5.0), (6.0, 6.0), (7.0, 7.0)),
+        ("rdpo", 0.5, 0): points((0.1, 0.5), (0.2, 0.4), (0.3, 0.1)),
+    }
+    within = lambda *args: helpers["within"](*args)[0]
+    assert within("dpo", 2.0, [0.1]) == pytest.approx(3.0)  # halfway between two checkpoints
+    assert within("dpo", 0.5, [0.1]) == pytest.approx(1.5)  # between the start and the first
+    assert within("dpo", 0.6, [0.5]) == 2.5
+    assert within("dpo", 2.0, [0.1, 0.5]) == pytest.approx(20 * 1.3 / 7.3)
+    assert within("rdpo", 2.0, [0.1]) == pytest.approx(3.0)  # no checkpoint so near
+    assert within("rdpo", 2.0, [0.5]) == 1.0  # the start itself
+
+
+def test_a_difference_counts_with_its_interval(helpers):
+    assert helpers["ahead"]("by", [1.0, 1.1, 0.9], 0.9)[1]
+    assert not helpers["ahead"]("by", [1.0, 1.1, 0.9], 1.1)[1]
+    text, passed = helpers["ahead"]("by", [5.0, 0.1, 0.2], 0.5)
+    assert not passed and text == "by 1.77 ± 6.96 (from 0.10 to 5.00)"
+    assert helpers["worst"]("x", [1.0, 2.0], low=1.0, high=2.0)[1]
+    assert not any(helpers["worst"]("x", [1.0, bad], low=1.0, high=2.0)[1] for bad in (0.9, 2.1, math.nan))
+    both = helpers["together"](("a", True), ("b", False))
+    assert both == dict(measured="a; b", holds=False)
 
 
 def test_linear_errors(letters):

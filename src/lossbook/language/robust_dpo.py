@@ -88,10 +88,14 @@ def preference_margin(
     }
     _checks.floating("policy_chosen_logps", policy_chosen_logps, 1)
     for name, value in logps.items():
-        _checks.finite(name, _checks.like(name, value, "policy_chosen_logps", policy_chosen_logps, 1))
+        _checks.like(name, value, "policy_chosen_logps", policy_chosen_logps, 1)
     beta = _checks.positive_number("beta", beta)
     chosen, rejected, ref_chosen, ref_rejected = map(_checks.wide, logps.values())
-    return beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    if _checks.known_false(torch.isfinite(margin.detach().sum())):  # one pass in place of four: look for the culprit
+        for name, value in logps.items():
+            _checks.finite(name, value)
+    return margin if beta == 1 else beta * margin
 
 
 def _loss(z: Tensor, base: str, target: float) -> Tensor:
@@ -266,7 +270,11 @@ def robust_preference_loss(
     """
     noise_rate = _rate("noise_rate", noise_rate)
     z = _margin(margin)
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of a tensor, got {type(loss_fn).__name__}")
     kept, swapped = loss_fn(z), loss_fn(-z)
+    if not isinstance(kept, Tensor):
+        raise TypeError(f"loss_fn must return a tensor, got {type(kept).__name__}")
     if kept.shape != z.shape or swapped.shape != z.shape:
         raise ValueError(f"loss_fn must keep the shape of margin, {tuple(z.shape)}, got {tuple(kept.shape)}")
     loss = ((1 - noise_rate) * kept - noise_rate * swapped) / (1 - 2 * noise_rate)
@@ -353,7 +361,7 @@ def _probability(
     p: float | Tensor, kind: str, noise_rate: float, assumed_rate: float | None
 ) -> tuple[Tensor, float, float]:
     p = p if isinstance(p, Tensor) else torch.tensor(_checks.number("p", p, 0, 1), dtype=torch.float64)
-    _checks.floating("p", p)
+    p = _checks.wide(_checks.floating("p", p))
     if _checks.known_false((p >= 0) & (p <= 1)):
         raise ValueError(f"p must lie in [0, 1], got {p.min().item()} to {p.max().item()}")
     _one_of("kind", kind, KINDS)
@@ -377,7 +385,7 @@ def effective_probability(
         assumed_rate: :math:`\varepsilon'`, the rate in the loss; None for the true one. "dpo" does not use it.
 
     Returns:
-        The shape of ``p`` (float64 for a number).
+        The shape of ``p``, in float32 or wider (float64 for a number).
 
     Raises:
         TypeError, ValueError: for a wrong type, value or word, naming the argument.
@@ -418,7 +426,7 @@ def population_margin(
         target: :math:`c>0` of the last two.
 
     Returns:
-        The shape of ``p`` (float64 for a number).
+        The shape of ``p``, in float32 or wider (float64 for a number).
 
     Raises:
         ValueError: where no margin is finite and optimal: :math:`q` outside of (0, 1) for the logistic loss, outside of [0, 1] for the hinge.
@@ -507,7 +515,8 @@ class LogLinearPreference:
         radius: :math:`B>0`, or None for no ball.
         ridge: :math:`\rho\ge0`.
         max_iter: iterations, for each ridge that is tried.
-        tol: on the root mean square by which another Newton step would change the margins.
+        tol: on the root mean square by which another Newton step would change the margins; features that are collinear
+            up to 1e-7 of their size count as collinear.
 
     Attributes:
         coef_: :math:`\hat w`, float64, shape ``(d,)``.
@@ -547,7 +556,12 @@ class LogLinearPreference:
         self.tol = _checks.positive_number("tol", tol)
 
     def fit(self, x: Any) -> "LogLinearPreference":
-        """Fit to feature differences ``x``, chosen less rejected, shape ``(n, d)``; returns itself, and warns without a minimum."""
+        """Fit to feature differences ``x``, chosen less rejected, floating point, shape ``(n, d)``; returns itself.
+
+        Raises:
+            TypeError, ValueError: for another type or shape, or numbers that are not finite.
+            RuntimeWarning: (a warning) where no minimum was found.
+        """
         x = self._features(x)
         self.n_features_in_ = x.shape[1]
         w, converged = self._solve(x, torch.zeros(x.shape[1], dtype=torch.float64), self.ridge)
@@ -594,20 +608,30 @@ class LogLinearPreference:
         weight = gradient_weight(self.beta * (x @ w), kind=self.kind, noise_rate=self.noise_rate)
         return ridge * w - self.beta * (weight @ x) / len(x)
 
+    @staticmethod
+    def _scaled(hessian: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrix with ones on its diagonal, since features may differ in size by any factor, and the scale."""
+        scale = hessian.diagonal().clamp(min=1e-300).rsqrt()
+        return scale[:, None] * hessian * scale, scale
+
     def _solve(self, x: Tensor, w: Tensor, ridge: float) -> tuple[Tensor, bool]:
         """The minimizer for one ridge, by Newton's method from ``w``, and whether it is one."""
+        rtol, eye = 1e-15 * max(10, len(w)), torch.eye(len(w), dtype=w.dtype)
+        gram, _ = self._scaled(self.beta**2 / len(x) * x.T @ x + ridge * eye)
+        rank = torch.linalg.matrix_rank(gram, rtol=rtol, hermitian=True)
         for _ in range(self.max_iter):
             z = self.beta * (x @ w)
             curvature = torch.sigmoid(z) * torch.sigmoid(-z)  # above zero far out, where 1 - sigmoid is not
-            hessian = self.beta**2 / len(x) * (x.T * curvature) @ x + ridge * torch.eye(len(w), dtype=w.dtype)
+            hessian = self.beta**2 / len(x) * (x.T * curvature) @ x + ridge * eye
             gradient = self._gradient(x, w, ridge)
-            step = torch.linalg.pinv(hessian, hermitian=True) @ gradient
+            scaled, scale = self._scaled(hessian)
+            step = scale * (torch.linalg.pinv(scaled, rtol=rtol, hermitian=True) @ (scale * gradient))
             if not torch.isfinite(step).all():
                 return w, False
             # The gradient alone would not do: it vanishes at infinity, too, where the pairs can be separated.
             if self.beta * (x @ step).square().mean().sqrt() <= self.tol and (ridge * step).norm() <= self.tol:
-                residual = gradient - hessian @ step  # what a singular Hessian cannot remove
-                return w - step, bool(residual.norm() <= self.tol * self.beta * x.square().sum(1).mean().sqrt())
+                # Nor is it one where pairs differ in a direction in which the loss no longer bends.
+                return w - step, bool(torch.linalg.matrix_rank(scaled, rtol=rtol, hermitian=True) == rank)
             loss, t = self._loss(x, w, ridge), 1.0
             while t > 1e-10 and self._loss(x, w - t * step, ridge) > loss - 1e-4 * t * (gradient @ step) + 1e-14:
                 t /= 2
