@@ -375,6 +375,19 @@ def test_order_of_flows(m0, kappa, beta):
     assert (npo.flatten().diff() < 0).all()
 
 
+def test_flow_with_a_steep_integrand():
+    m = N.margin_flow(0.0, 1.0, 5.0, beta=3000.0).item()
+    time, _ = quad(lambda s: (1 + math.exp(s)) * (1 + ((1 + math.exp(-s)) / 2) ** 3000), m, 0, epsrel=1e-11)
+    assert time == pytest.approx(10, rel=1e-7)
+    m = N.margin_flow(0.0, 1.0, 1e200, beta=1000.0).item()  # several panels
+    edges = np.linspace(m, 0, 200)
+    pieces = [
+        quad(lambda s: (1 + math.exp(s)) * (1 + ((1 + math.exp(-s)) / 2) ** 1000), a, b)[0]
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    assert sum(pieces) == pytest.approx(2e200, rel=1e-7)
+
+
 def test_flow_limits():
     t = torch.tensor([1.0, 10.0, 100.0], dtype=D)
     small = N.margin_flow(1.0, 1.0, t, beta=1e-6)

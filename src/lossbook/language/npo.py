@@ -523,7 +523,7 @@ def _bisected(low: Tensor, high: Tensor, above: Callable[[Tensor], Tensor], step
 
 
 def _times(t: Tensor | float) -> Tensor:
-    t = torch.as_tensor(t).detach().to("cpu", torch.float64)
+    t = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
     if not bool((torch.isfinite(t) & (t >= 0)).all()):
         raise ValueError(f"t must be finite and >= 0 everywhere, got {t.min()} to {t.max()}")
     return t
@@ -548,7 +548,7 @@ def margin_flow(m0: float, kappa: float, t: Tensor | float, *, beta: float | Non
     Raises:
         TypeError, ValueError: for a wrong type or value, naming the argument.
 
-    Complexity: O(n) for n times; with other :math:`\beta` also O(|m0 - m|) panels.
+    Complexity: O(n) for n times; with other :math:`\beta` also :math:`O(|m_0-m|)` panels.
 
     Source: this course; the dynamics behind Zhang et al., Theorem 2.
 
@@ -583,7 +583,8 @@ def margin_flow(m0: float, kappa: float, t: Tensor | float, *, beta: float | Non
     nodes, weights = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(_NODES))
 
     def slowness(s: Tensor) -> Tensor:
-        return (1 + s.exp()) * (1 + (beta * (F.softplus(-s, threshold=1e9) + log_pi)).exp())  # e^(β log(π0 / σ(s)))
+        ratio = beta * (F.softplus(-s, threshold=1e9) + log_pi)  # β log(π0 / σ(s)), below the lower bound perhaps large
+        return (1 + s.exp()) * (1 + ratio.clamp(max=690).exp())
 
     def integral(a: Tensor, b: Tensor) -> Tensor:
         """Of the slowness from a to b, elementwise, at most one panel apart."""
@@ -663,7 +664,7 @@ def divergence_bounds(
         >>> round(low.item(), 3), round(high.item(), 3)
         (3.932, 8.587)
     """
-    steps = _times(torch.as_tensor(steps))
+    steps = _times(steps)
     eta = _checks.number("step_size", _checks.positive_number("step_size", step_size), 0, 1)
     low, high = _checks.positive_number("min_norm", min_norm), _checks.positive_number("max_norm", max_norm)
     if low > high:
