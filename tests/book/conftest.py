@@ -1,5 +1,6 @@
 """The book, built as `make book` builds it, served on localhost, and a Chromium to look at it."""
 
+import contextlib
 import functools
 import json
 import os
@@ -69,8 +70,11 @@ def site(built: Built):
 
 
 @pytest.fixture(scope="session")
-def browser():
-    """A headless Chromium; without one the browser tests are skipped, except in CI, where they fail."""
+def chromium():
+    """A function that starts a headless Chromium; a thread needs one of its own.
+
+    Without one installed the browser tests are skipped, except in CI, where they fail.
+    """
     executable = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     if executable is None:
         message = "No Chromium found: install it (Debian: apt-get install chromium) or name it in CHROMIUM."
@@ -79,7 +83,18 @@ def browser():
         pytest.skip(message)
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
-        yield chromium
-        chromium.close()
+    @contextlib.contextmanager
+    def start():
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
+            yield browser
+            browser.close()
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def browser(chromium):
+    """The Chromium of the tests that open single pages."""
+    with chromium() as browser:
+        yield browser

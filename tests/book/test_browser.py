@@ -1,5 +1,6 @@
 """The built book in a real browser: one visit to each page, and one test for each thing that must hold on all of them."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
@@ -102,34 +103,46 @@ def _listen(page, site: str, visit: Visit) -> None:
     )
 
 
+def _visit(page, site: str, name: str) -> Visit:
+    """Look at one page in the light, in the dark, and at a phone's width."""
+    visit = Visit()
+    _listen(page, site, visit)
+    page.goto(site + name)
+    page.evaluate(READY)
+    visit.formulas = page.evaluate(FORMULAS)
+    visit.figures = page.evaluate(FIGURES)
+    visit.still = page.evaluate(MOVE_SLIDERS)
+    page.set_viewport_size({"width": 390, "height": 844})
+    visit.widths = page.evaluate("({page: document.documentElement.scrollWidth, window: innerWidth})")
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.evaluate(THIN_OUT)
+    visit.axe["light"] = _violations(page)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    page.evaluate(READY)
+    visit.contrasts = page.evaluate(FIGURE_CONTRASTS)
+    visit.axe["dark"] = _violations(page)
+    page.close()
+    return visit
+
+
 @pytest.fixture(scope="module")
-def visits(built, site, browser) -> dict[str, Visit]:
-    """Open each page once, look at it in the light, in the dark, and at a phone's width."""
-    seen = {}
-    context = browser.new_context(
-        viewport={"width": 1280, "height": 800}, color_scheme="light", reduced_motion="reduce"
-    )
-    for name in built.pages:
-        visit = seen[name] = Visit()
-        page = context.new_page()
-        _listen(page, site, visit)
-        page.goto(site + name)
-        page.evaluate(READY)
-        visit.formulas = page.evaluate(FORMULAS)
-        visit.figures = page.evaluate(FIGURES)
-        visit.still = page.evaluate(MOVE_SLIDERS)
-        page.set_viewport_size({"width": 390, "height": 844})
-        visit.widths = page.evaluate("({page: document.documentElement.scrollWidth, window: innerWidth})")
-        page.set_viewport_size({"width": 1280, "height": 800})
-        page.evaluate(THIN_OUT)
-        visit.axe["light"] = _violations(page)
-        page.emulate_media(color_scheme="dark")
-        page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
-        page.evaluate(READY)
-        visit.contrasts = page.evaluate(FIGURE_CONTRASTS)
-        visit.axe["dark"] = _violations(page)
-        page.close()
-    return seen
+def visits(built, site, chromium) -> dict[str, Visit]:
+    """Open each page once, in two browsers that share the pages."""
+
+    def look(names: list[str]) -> dict[str, Visit]:
+        with chromium() as browser:
+            context = browser.new_context(
+                viewport={"width": 1280, "height": 800}, color_scheme="light", reduced_motion="reduce"
+            )
+            return {name: _visit(context.new_page(), site, name) for name in names}
+
+    with ThreadPoolExecutor(2) as pool:
+        return {
+            name: visit
+            for part in pool.map(look, [built.pages[0::2], built.pages[1::2]])
+            for name, visit in part.items()
+        }
 
 
 def _complaints(visits: dict[str, Visit], look) -> str:

@@ -19,7 +19,7 @@ import time
 import lossbook
 assert "lossbook.lab" not in sys.modules and "torch" not in sys.modules, "import lossbook loads too much"
 import lossbook.lab
-heavy = {"IPython", "matplotlib", "networkx", "plotly", "scipy", "skimage", "sklearn", "torchvision"} & set(sys.modules)
+heavy = {"IPython", "datasets", "matplotlib", "networkx", "plotly", "scipy", "skimage", "sklearn", "torchvision", "transformers"} & set(sys.modules)
 assert not heavy, heavy
 """
 

@@ -71,6 +71,11 @@ def _token_time(*shape):
     return timed(lambda: _token_streamed(*inputs), lambda: _token_dense(*inputs), repeats=2)
 
 
+def _token_time_alone(*shape):
+    inputs = _vocabulary(*shape)
+    return timed(lambda: _token_streamed(*inputs), repeats=3)[0]
+
+
 def _token_memory(step, *shape):
     inputs = _vocabulary(*shape)
     step(*_vocabulary(8, 16, 4))
@@ -131,5 +136,13 @@ def run() -> tuple[list[Row], list[Slope]]:
     slopes = [
         Slope("streamed InfoNCE", "time", span, exponent(batches, times), "2: every pair is looked at"),
         Slope("streamed InfoNCE", "memory", span, exponent(batches, memories), "at most 1: no B × B matrix"),
+    ]
+    tokens, words, dim = [1024, 2048, 4096, 8192], 20_000, 256
+    times = [in_fresh_process(_token_time_alone, count, words, dim) for count in tokens]
+    memories = [in_fresh_process(_token_memory, _token_streamed, count, words, dim) for count in tokens]
+    span = f"{tokens[0]} to {tokens[-1]} tokens × {words} words × {dim}"
+    slopes += [
+        Slope("token log-probabilities", "time", span, exponent(tokens, times), "1: each token meets each word"),
+        Slope("token log-probabilities", "memory", span, exponent(tokens, memories), "at most 1: no matrix of them"),
     ]
     return rows, slopes
