@@ -2,7 +2,8 @@ r"""A generator and a self-improver, learned from preference pairs whoever colle
 
 The method of *Self-Improving Robust Preference Optimization* (Eugene Choi, Arash Ahmadian, Matthieu Geist, Olivier Pietquin, Mohammad Gheshlaghi Azar, ICLR 2025,
 arXiv 2406.01660): a game between a generator and an improver that revises its drafts, solved exactly for finitely many completions; the squared losses on labelled pairs with the same
-solution; revision; and the two methods whose optimum depends on the data-collecting policy, DPO and IPO. Equation labels are those of the chapter ``language/srpo``.
+solution; revision; and the optima of DPO and IPO, which depend on the data-collecting policy. Their losses are :func:`~lossbook.language.robust_dpo.preference_loss` of the margin
+:math:`m=\varrho(y_w)-\varrho(y_l)`: ``preference_loss(beta * m)`` and ``preference_loss(m, base="squared", target=0.5 / tau)``. Equation labels are those of the chapter ``language/srpo``.
 
 Notation: K completions of one prompt. ``preference[i, j]`` is :math:`p(i\succ j)`, the probability that i is preferred to j, with ``preference + preference.T == 1``. Arrays of
 shape ``(K, K)`` that belong to an improver have drafts as rows: ``improver[d, y]`` is :math:`\pi_\dagger(y\mid d)`. ``beta`` is :math:`\beta`, the weight of both KL terms of the game.
@@ -483,58 +484,6 @@ def self_revise(sample_fn: Callable[[_T], _T], drafts: _T, steps: int) -> list[_
 # ---------------------------------------------------------------------------------------------------------------------
 # What SRPO is compared with
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def dpo_loss(margin: Tensor, *, beta: float, reduction: str = "mean") -> Tensor:
-    r"""The loss of DPO, :math:`-\log\sigma\big(\beta[\varrho(y_w)-\varrho(y_l)]\big)` (eq-srpo-dpo-loss).
-
-    Args:
-        margin: :math:`\varrho(y_w)-\varrho(y_l)`, shape ``(B,)``, floating point.
-        beta: > 0.
-        reduction: "none", "mean" or "sum".
-
-    Returns:
-        Shape ``()``, or ``(B,)`` with "none"; float32 or wider, > 0.
-
-    Raises:
-        TypeError, ValueError: for a wrong type, shape or value, naming the argument.
-
-    Complexity: O(B).
-
-    Source: Rafailov et al. 2023.
-
-    Example:
-        >>> dpo_loss(torch.tensor([0.0]), beta=0.1)
-        tensor(0.6931)
-    """
-    margin = _checks.wide(_checks.floating("margin", margin, 1))
-    return _checks.reduced(-F.logsigmoid(_checks.positive_number("beta", beta) * margin), reduction)
-
-
-def ipo_loss(margin: Tensor, *, tau: float, reduction: str = "mean") -> Tensor:
-    r"""The loss of IPO, :math:`\big(\varrho(y_w)-\varrho(y_l)-\frac1{2\tau}\big)^2` (eq-srpo-ipo-loss).
-
-    Args:
-        margin: :math:`\varrho(y_w)-\varrho(y_l)`, summed over tokens, shape ``(B,)``, floating point.
-        tau: weight of the KL term of IPO, > 0.
-        reduction: "none", "mean" or "sum".
-
-    Returns:
-        Shape ``()``, or ``(B,)`` with "none"; float32 or wider, >= 0.
-
-    Raises:
-        TypeError, ValueError: for a wrong type, shape or value, naming the argument.
-
-    Complexity: O(B).
-
-    Source: Azar et al. 2024.
-
-    Example:
-        >>> ipo_loss(torch.tensor([3.0]), tau=0.25)
-        tensor(1.)
-    """
-    margin = _checks.wide(_checks.floating("margin", margin, 1))
-    return _checks.reduced((margin - 0.5 / _checks.positive_number("tau", tau)).square(), reduction)
 
 
 def ipo_optimum(preference: Tensor, ref: Tensor, behaviour: Tensor, *, tau: float) -> Tensor:
