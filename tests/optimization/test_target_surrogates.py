@@ -331,6 +331,18 @@ def test_line_search_as_a_schedule():
     assert optimizer.oracle_calls == 5 and optimizer.loss_evals == sum(calls)
 
 
+def test_the_line_searched_step_is_used():
+    """A model that is its parameters lands at a step in target space, of the length that the search found."""
+    start, y = randn(6, seed=3), torch.tensor([0.0, 1.0] * 3, dtype=DOUBLE)
+    loss, theta = lambda z: T.logistic_losses(z, y), nn.Parameter(start.clone())
+    grad = T.target_gradient(T.logistic_losses, start, y)
+    eta, trials = T.target_line_search(loss, start, grad, eta=100.0, c=0.7)
+    assert 1 < trials and eta < 100
+    optimizer = T.SSO([theta], 100.0, 200, inner="gd", inner_lr=3 * eta, schedule="line_search", c=0.7, tolerance=1e-14)
+    optimizer.step(lambda: theta * 1, loss)
+    assert torch.allclose(theta.detach(), start - eta * grad, rtol=0, atol=1e-9)
+
+
 # ---- linear models -------------------------------------------------------------------------------------------------
 
 
@@ -769,6 +781,17 @@ def test_zero_gradient_returns_at_once():
         assert optimizer.oracle_calls == optimizer.model_evals == 1 and theta.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_search_without_success_ends_the_inner_loop(reset):
+    """The surrogate is too steep for the shortest trial: nothing moves, and nothing more is tried."""
+    theta = nn.Parameter(torch.ones(2, dtype=DOUBLE))
+    optimizer = T.SSO([theta], 1.0, 5, reset_inner_step=reset)
+    for step in (1, 2):
+        loss = optimizer.step(lambda: 1e6 * theta, lambda z: T.squared_losses(z, torch.zeros_like(z)))
+        assert loss.item() == pytest.approx(5e11) and theta.tolist() == [1, 1]
+        assert optimizer.model_evals == 101 * step and optimizer.model_grads == optimizer.oracle_calls == step
+
+
 def test_minibatches_never_see_other_samples():
     """The surrogate of a batch is a seminorm: with a parameter for each sample the others stay."""
     theta = nn.Parameter(torch.zeros(4, dtype=DOUBLE))
@@ -1046,6 +1069,7 @@ def changing():
         (lambda: T.armijo_step(lambda: two.sum(), [leaf(2)], 1.0), ValueError, "must depend on params"),
         (lambda: T.armijo_step(lambda: leaf(2).sum(), [leaf(2)], 1.0), ValueError, "depends on none of them"),
         (lambda: T.armijo_step(lambda: two.sum(), [two], 1.0), ValueError, "requires a gradient"),
+        (lambda: T.armijo_step(lambda p=leaf(2): p * 1, [leaf(2)], 1.0), ValueError, "must have a scalar value"),
         (lambda: T.armijo_step(lambda: two.sum(), [leaf(2)], 0.0), ValueError, "step must be"),
         (lambda: T.armijo_step(lambda: two.sum(), [leaf(2)], 1.0, shrink=1.0), ValueError, "shrink must lie"),
         (lambda: sso(eta=0.0), ValueError, "eta must be"),

@@ -635,11 +635,15 @@ def _trained(params: Iterable[Tensor]) -> list[Tensor]:
     return params
 
 
-def _gradients(value: Tensor, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters that the value depends on, and its gradients; ``.grad`` is left alone."""
+def _gradients(
+    value: Tensor, params: Sequence[Tensor], slope: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that the value depends on, and its gradients, or those of its product with the slope; ``.grad`` is left alone."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         raise ValueError("the function must depend on params and keep its graph, got a value without one")
-    found = torch.autograd.grad(value, params, allow_unused=True)
+    if slope is None and value.numel() != 1:
+        raise ValueError(f"the function must have a scalar value, got shape {tuple(value.shape)}")
+    found = torch.autograd.grad(value, params, slope, allow_unused=True)
     pairs = [(p, g) for p, g in zip(params, found, strict=True) if g is not None]
     if not pairs:
         raise ValueError("the function must depend on params, got one that depends on none of them")
@@ -685,19 +689,19 @@ class _Counting(torch.optim.Optimizer):
         self._record()["model_evals"] += 1
         return forward()
 
-    def _directions(self, value: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Parameters, gradients, and gradients times their groups' ``inner_lr``."""
+    def _directions(self, value: Tensor, slope: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Parameters, gradients of the value, or of its product with the slope, and gradients times their groups' ``inner_lr``."""
         scales = {p: group["inner_lr"] for group in self.param_groups for p in group["params"]}
-        params, grads = _gradients(value, _trained(scales))
+        params, grads = _gradients(value, _trained(scales), slope)
         self._record()["model_grads"] += 1
         directions = [g if scales[p] == 1 else g * scales[p] for p, g in zip(params, grads, strict=True)]
         return params, grads, directions
 
-    def _search(self, value_at: Callable[[], float], value: Tensor, found: tuple, shared: dict[str, Any]) -> bool:
+    def _search(self, value_at: Callable[[], float], value: float, found: tuple, shared: dict[str, Any]) -> bool:
         """A line search along the directions that were found; whether a trial was accepted."""
         record = self._record()
         trial = shared["grow"] * record["line_step"] or shared["first_step"]
-        _, record["line_step"], _ = _armijo(value_at, *found, trial, shared, value=value.item())
+        _, record["line_step"], _ = _armijo(value_at, *found, trial, shared, value=value)
         return record["line_step"] > 0
 
 
@@ -814,16 +818,15 @@ class SSO(_Counting):
             record["line_step"] = 0.0
 
         for inner in range(shared["inner_steps"] if eta > 0 else 0):
-            # Around the current outputs the surrogate has the same form, less a constant: so its small changes are not lost in rounding.
             with torch.enable_grad():
-                if inner:
-                    outputs = self._forward(forward)
-                slope = grad + (_anchored("outputs", outputs, "the anchor", anchor) - anchor) / eta
-                surrogate = functools.partial(
-                    target_surrogate, anchor_outputs=outputs.detach(), anchor_grad=slope, eta=eta
-                )
-                value = surrogate(outputs)
-            if not self._inner_step(value, functools.partial(self._value, forward, surrogate), shared):
+                outputs = _checks.wide(self._forward(forward) if inner else outputs)
+            # Around the current outputs the surrogate has the same form, with this slope, less a constant. So its value here is zero, its gradient is the
+            # chain rule's, and its small changes are not lost in rounding.
+            current = _anchored("outputs", outputs, "the anchor", anchor)
+            slope = grad + (current - anchor) / eta
+            found = self._directions(outputs, slope / len(slope))
+            surrogate = functools.partial(target_surrogate, anchor_outputs=current, anchor_grad=slope, eta=eta)
+            if not self._inner_step(found, functools.partial(self._value, forward, surrogate), shared):
                 break
         return losses.mean()
 
@@ -840,13 +843,13 @@ class SSO(_Counting):
     def _value(self, forward: Callable[[], Tensor], surrogate: Callable[[Tensor], Tensor]) -> float:
         return surrogate(self._forward(forward)).item()
 
-    def _inner_step(self, value: Tensor, value_at: Callable[[], float], shared: dict[str, Any]) -> bool:
-        """One step on the surrogate; whether there is a reason for another."""
-        params, grads, directions = found = self._directions(value)
+    def _inner_step(self, found: tuple, value_at: Callable[[], float], shared: dict[str, Any]) -> bool:
+        """One step on the surrogate, whose value is 0; whether there is a reason for another."""
+        params, grads, directions = found
         if shared["tolerance"] and torch.nn.utils.get_total_norm(grads) <= shared["tolerance"]:
             return False
         if shared["inner"] == "armijo":
-            return self._search(value_at, value, found, shared)
+            return self._search(value_at, 0.0, found, shared)
         _move(params, directions, 1.0)
         return True
 
@@ -915,5 +918,5 @@ class SLS(_Counting):
         record["oracle_calls"] += 1
         if shared["reset"]:
             record["line_step"] = 0.0
-        self._search(lambda: mean_loss().item(), value, self._directions(value), shared)
+        self._search(lambda: mean_loss().item(), value.item(), self._directions(value), shared)
         return value.detach()
