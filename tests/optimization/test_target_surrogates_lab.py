@@ -74,9 +74,20 @@ def test_gradient_descent_has_the_steps_that_it_names(names):
 
 def test_newton_finds_the_minimum(names):
     X, y = names["standardized"](names["digits"].data, names["digits"].target % 2)
-    least = names["newton"](X, y)
+    least, curvature = names["newton"](X, y)
     path = names["sso"](X, y, (4,), math.inf, 200)[:, 0]
     assert 0 < path[-1] - least < 1e-3 and (np.diff(path) < 1e-12).all()
+    theta, inverse = torch.zeros(X.shape[1], dtype=torch.float64), torch.linalg.pinv(X)
+    for _ in range(200):
+        theta = theta - 4 * inverse @ (torch.sigmoid(X @ theta) - y)
+    p = torch.sigmoid(X @ theta)
+    assert 4 * (p - p**2).mean().item() == pytest.approx(curvature, rel=0.05)
+
+
+def test_fresh_seeds(names):
+    """The claims that were restated use seeds from 20 on, all others the first ones."""
+    assert [names["seeds_of"](k) for k in (10, 4, 1)] == [[20, 21], [20, 21], [0]]
+    assert {(k, seed) for _, k, seed in names["factorized"]} == {(10, 20), (10, 21), (4, 20), (4, 21), (1, 0)}
 
 
 def test_single_samples_are_the_modules_steps(names):
