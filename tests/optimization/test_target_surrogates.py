@@ -1069,7 +1069,7 @@ def changing():
         (lambda: T.armijo_step(lambda: two.sum(), [leaf(2)], 1.0), ValueError, "must depend on params"),
         (lambda: T.armijo_step(lambda: leaf(2).sum(), [leaf(2)], 1.0), ValueError, "depends on none of them"),
         (lambda: T.armijo_step(lambda: two.sum(), [two], 1.0), ValueError, "requires a gradient"),
-        (lambda: T.armijo_step(lambda p=leaf(2): p * 1, [leaf(2)], 1.0), ValueError, "must have a scalar value"),
+        (lambda: T.armijo_step(lambda: leaf(2) * 1, [leaf(2)], 1.0), ValueError, "must have a scalar value"),
         (lambda: T.armijo_step(lambda: two.sum(), [leaf(2)], 0.0), ValueError, "step must be"),
         (lambda: T.armijo_step(lambda: two.sum(), [leaf(2)], 1.0, shrink=1.0), ValueError, "shrink must lie"),
         (lambda: sso(eta=0.0), ValueError, "eta must be"),

@@ -689,7 +689,9 @@ class _Counting(torch.optim.Optimizer):
         self._record()["model_evals"] += 1
         return forward()
 
-    def _directions(self, value: Tensor, slope: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def _directions(
+        self, value: Tensor, slope: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Parameters, gradients of the value, or of its product with the slope, and gradients times their groups' ``inner_lr``."""
         scales = {p: group["inner_lr"] for group in self.param_groups for p in group["params"]}
         params, grads = _gradients(value, _trained(scales), slope)
