@@ -744,7 +744,9 @@ def test_expected_ridge_response_of_many_and_at_extremes(shape):
     torch.testing.assert_close(w0[0, 0] - 1e4 * theta[0, 0], least_squares)
     assert not theta[0, 0].any() and not w0[1, 2].any() and not theta[1, 2].any()
     slope = torch.func.jacfwd(lambda lam: S.ridge_response(X, t, lam, mean=True))(lams[0, 1])
-    torch.testing.assert_close(S.expected_ridge_response(X, t, -2.0, 1e-9)[1], slope)  # no cancellation for a tiny scale
+    torch.testing.assert_close(
+        S.expected_ridge_response(X, t, -2.0, 1e-9)[1], slope
+    )  # no cancellation for a tiny scale
 
 
 def test_entropy_weight_sets_the_scale():

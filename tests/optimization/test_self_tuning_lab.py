@@ -63,7 +63,7 @@ def test_full_profile_trains(names):
             if name in names["DROPOUTS"]:
                 assert path[0].item() == pytest.approx(start) and path[4] != path[0]
         assert (result["schedule"]["cutout length"] == math.floor(start / 0.9 * 24)).all()
-    assert len(names["plain"]) == 2 * (4 + 1 + 2)
+    assert len(names["plain"]) == 2 * (4 + 1 + 3)
     assert all(len(r["curve"]) == 4 and 0 <= r["accuracy"] <= 1 for r in names["plain"].values())
     assert names["dropout"]((0.05, "valid")).shape == (2, 12)
     assert names["values"](names["plain"], ("grid", 0.2), "final").shape == (2,)
@@ -73,7 +73,7 @@ def test_stacked_networks_are_single_ones(names, monkeypatch):
     """Without noise every network of the stack is trained as by torch's SGD."""
     zeros = {name: torch.zeros(1) for name in names["NAMES"]}
     monkeypatch.setitem(names, "schedule_of", lambda *job: zeros)
-    results = names["ordinary"](0, 1)
+    results = names["ordinary"](1)
     train, valid, test, net, optimizer = names["prepare"](1)
     data, curve = names["batches"](*train, 1), []
     for update in range(24):
@@ -83,7 +83,7 @@ def test_stacked_networks_are_single_ones(names, monkeypatch):
         optimizer.step()
         if update in (5, 11, 17, 23):
             curve.append(names["evaluate"](net, *valid)[0])
-    assert list(results) == names["PARTS"][0]
+    assert list(results) == names["SETTINGS"] == names["SEARCH"] + names["REPLAYS"]
     for result in results.values():
         assert result["curve"] == pytest.approx(curve, rel=1e-3) and result["final"] == result["curve"][-1]
         assert result["test_loss"] == pytest.approx(names["evaluate"](net, *test)[0], rel=1e-3)
@@ -103,9 +103,10 @@ def test_schedules(names):
         for name in names["NAMES"]
     )
     assert drawn != names["schedule_of"]("random", 0, 0)
-    assert sorted(map(str, names["PARTS"][0] + names["PARTS"][1])) == sorted(
-        map(str, names["SEARCH"] + names["REPLAYS"])
-    )
+    late = names["schedule_of"]("late", 0.05, 1)
+    for name in names["NAMES"]:
+        at = [S.replayed_rates(late, update, 1)[name] for update in range(30)]  # 12 steps of two updates, and beyond
+        assert all(rate == recorded[name][0 if update < 12 else -1] for update, rate in enumerate(at))
 
 
 def test_data(names):
