@@ -572,6 +572,7 @@ TOKENS = torch.zeros(2, 4, dtype=torch.int64)
         (lambda: R.normalize_losses(THREE, eps=0.0), ValueError, "eps must be finite and > 0"),
         (lambda: R.reweighted_loss(THREE, weights=torch.ones(2)), ValueError, r"weights must have shape \(3,\), one for each loss"),
         (lambda: R.reweighted_loss(THREE, weights=TOKENS[0]), TypeError, "weights must be a floating-point tensor"),
+        (lambda: R.reweighted_loss(THREE, weights=THREE / torch.tensor([1.0, 0.0, 1.0])), ValueError, "weights must be finite"),
         (lambda: R.kl_weights(THREE, r=0), ValueError, "r must be finite and > 0"),
         (lambda: R.kl_objective(THREE, THREE.double()), TypeError, "weights must have the dtype of scores"),
         (lambda: R.kl_objective(THREE, THREE, r=math.inf), ValueError, "r must be finite"),
