@@ -125,7 +125,7 @@ def test_limits_of_the_temperature():
 @pytest.mark.parametrize("strategy", NAMED)
 def test_extremes_of_losses_and_temperature(dtype, strategy):
     for f in (1e4 * randn(50, dtype=dtype), torch.full((7,), -1e4, dtype=dtype), torch.tensor([3.0], dtype=dtype)):
-        for r in (1e-45, 1e-6, 1.0, 1e6):
+        for r in (1e-300, 1e-45, 1e-6, 1.0, 1e6):
             w = R.sample_weights(f, strategy=strategy, r=r)
             assert w.dtype == dtype and w.isfinite().all() and w.sum() == pytest.approx(1, abs=1e-5)
     w = R.sample_weights(torch.full((7,), -1e4, dtype=dtype), strategy=strategy)
@@ -572,6 +572,7 @@ TOKENS = torch.zeros(2, 4, dtype=torch.int64)
         (lambda: R.normalize_losses(THREE, eps=0.0), ValueError, "eps must be finite and > 0"),
         (lambda: R.reweighted_loss(THREE, weights=torch.ones(2)), ValueError, r"weights must have shape \(3,\), one for each loss"),
         (lambda: R.reweighted_loss(THREE, weights=TOKENS[0]), TypeError, "weights must be a floating-point tensor"),
+        (lambda: R.reweighted_loss(THREE, weights=THREE / torch.tensor([1.0, 0.0, 1.0])), ValueError, "weights must be finite"),
         (lambda: R.kl_weights(THREE, r=0), ValueError, "r must be finite and > 0"),
         (lambda: R.kl_objective(THREE, THREE.double()), TypeError, "weights must have the dtype of scores"),
         (lambda: R.kl_objective(THREE, THREE, r=math.inf), ValueError, "r must be finite"),

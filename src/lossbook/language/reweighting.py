@@ -312,7 +312,7 @@ def reweighted_loss(
         strategy: as in :func:`score`.
         r: temperature, > 0; infinite gives uniform weights, and then the mean of the losses.
         delta: :math:`\delta>0`.
-        weights: shape ``(M,)``: used as they are, detached; ``strategy``, ``r`` and ``delta`` are then not used. The parts of micro-batches add up.
+        weights: shape ``(M,)``, finite: used as they are, detached; ``strategy``, ``r`` and ``delta`` are then not used. The parts of micro-batches add up.
         distributed: weights are those of the batch of all processes of the default group, and the local sum is multiplied by the number of
             processes: after gradients are averaged over processes, as ``DistributedDataParallel`` does, they are those of one process with the whole batch.
 
@@ -337,6 +337,8 @@ def reweighted_loss(
         weights = sample_weights(losses, strategy=strategy, r=r, delta=delta, distributed=distributed)
     elif _checks.floating("weights", weights, 1).shape != f.shape:
         raise ValueError(f"weights must have shape {tuple(f.shape)}, one for each loss, got {tuple(weights.shape)}")
+    else:
+        _checks.finite("weights", weights)
     total = (weights.detach() * f).sum()
     return total * _world_size() if distributed else total
 
