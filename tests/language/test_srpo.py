@@ -561,6 +561,18 @@ def test_half_precision_is_widened():
     assert torch.equal(S.srpo_loss(ratios, beta=0.3), S.srpo_loss(wide, beta=0.3))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(S.srpo_loss(wide, beta=0.3), S.srpo_loss(ratios, beta=0.3))
+    p, ref, improver = (x.float() for x in random_game(2, 4))
+    calls = (
+        lambda: S.exploitability(p, ref),
+        lambda: S.ipo_optimum(p, ref, improver[0], tau=0.1),
+        lambda: S.revise(ref, improver, 3),
+        lambda: S.dpo_optimum(p, ref, improver[0], beta=0.1),
+        lambda: S.tabular_srpo(p, ref, improver, beta=0.1).generator,
+    )
+    for call in calls:  # no product of matrices in half precision
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = call()
+        assert torch.equal(inside, call())
 
 
 def test_transforms():

@@ -11,7 +11,7 @@ from full_profile import run_full
 from lossbook import lab
 from lossbook.language import srpo as S
 
-TINY = dict(steps=20, batch=8, sft_steps=5, pairs=40, drafts=12, seeds=(0, 1), draws=range(500, 501), lines=range(500, 502), jobs=1)  # fmt: skip
+TINY = dict(steps=20, batch=8, sft_steps=5, pairs=40, drafts=12, seeds=(0, 1), draws=range(500, 501), fresh=range(530, 531), lines=range(500, 502), jobs=1)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,11 @@ def _distribution(name: str, value: Tensor, preference: Tensor, ndim: int = 1) -
     return value
 
 
+def _mean(preference: Tensor, policy: Tensor) -> Tensor:
+    """Each completion's mean preference over what a policy writes; under autocast a matrix product would be in half precision."""
+    return (preference * policy).sum(1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The game
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +193,7 @@ def exploitability(preference: Tensor, policy: Tensor) -> Tensor:
         tensor(0.8000)
     """
     _preference(preference)
-    return (preference @ _distribution("policy", policy, preference)).amax()
+    return _mean(preference, _distribution("policy", policy, preference)).amax()
 
 
 def improvement(preference: Tensor, drafts: Tensor, improver: Tensor) -> Tensor:
@@ -447,7 +452,7 @@ def revise(distribution: Tensor, improver: Tensor, steps: int) -> Tensor:
     _distribution("improver", improver, improver, ndim=2)
     chain = [_distribution("distribution", distribution, improver)]
     for _ in range(_checks.positive_int("steps", steps, minimum=0)):
-        chain.append(chain[-1] @ improver)
+        chain.append(_mean(improver.T, chain[-1]))
     return torch.stack(chain)
 
 
@@ -512,7 +517,7 @@ def ipo_optimum(preference: Tensor, ref: Tensor, behaviour: Tensor, *, tau: floa
     _preference(preference)
     _distribution("ref", ref, preference)
     _distribution("behaviour", behaviour, preference)
-    return (ref.log() + preference @ behaviour / _checks.positive_number("tau", tau)).softmax(0)
+    return (ref.log() + _mean(preference, behaviour) / _checks.positive_number("tau", tau)).softmax(0)
 
 
 def dpo_optimum(preference: Tensor, ref: Tensor, behaviour: Tensor, *, beta: float) -> Tensor:
