@@ -496,7 +496,7 @@ def test_dpo_optimum_of_nearly_certain_preferences():
     assert torch.allclose(S.dpo_optimum(p, *[uniform(3)[0]] * 2, beta=1.0).log(), expected.log(), atol=1e-3)
 
 
-@pytest.mark.parametrize("rare", [1e-3, 1e-6, 1e-10, 1e-14])
+@pytest.mark.parametrize("rare", [1e-3, 1e-6, 1e-10, 1.7e-13, 7e-15])
 def test_dpo_optimum_of_a_rare_win(rare):
     """The smaller of a pair of preferences is taken as it is: 1 - 1e-14 has lost most of its digits."""
     p = torch.tensor([[0.5, 1 - rare], [rare, 0.5]], dtype=DOUBLE)
