@@ -496,6 +496,30 @@ def test_dpo_optimum_of_nearly_certain_preferences():
     assert torch.allclose(S.dpo_optimum(p, *[uniform(3)[0]] * 2, beta=1.0).log(), expected.log(), atol=1e-3)
 
 
+@pytest.mark.parametrize("rare", [1e-3, 1e-6, 1e-10, 1.7e-13, 7e-15])
+def test_dpo_optimum_of_a_rare_win(rare):
+    """The smaller of a pair of preferences is taken as it is: 1 - 1e-14 has lost most of its digits."""
+    p = torch.tensor([[0.5, 1 - rare], [rare, 0.5]], dtype=DOUBLE)
+    policy = S.dpo_optimum(p, *[uniform(2)[0]] * 2, beta=20.0)
+    assert 20 * (policy[0] / policy[1]).log().item() == pytest.approx(math.log((1 - rare) / rare), rel=1e-7)
+
+
+def test_dpo_optimum_says_what_it_cannot_find():
+    for p in (bradley_terry([40.8, -51.0, 8.4]), torch.tensor([[0.5, 1.0], [1e-30, 0.5]], dtype=DOUBLE)):
+        K = len(p)
+        with pytest.raises(ValueError, match="too close to 0 or 1"):
+            S.dpo_optimum(p, *[uniform(K)[0]] * 2, beta=1.0)
+
+
+def test_one_completion():
+    """Nothing to choose: every player is a point, and the value is that of a draw."""
+    one, p = torch.ones(1, dtype=DOUBLE), torch.full((1, 1), 0.5, dtype=DOUBLE)
+    saddle = S.tabular_srpo(p, one, one[None], beta=0.3)
+    assert saddle.generator.tolist() == [1.0] and saddle.improver.tolist() == [[1.0]]
+    assert saddle.value.item() == pytest.approx(0.5) and S.exploitability(p, one).item() == 0.5
+    assert S.dpo_optimum(p, one, one, beta=0.3).tolist() == S.ipo_optimum(p, one, one, tau=0.3).tolist() == [1.0]
+
+
 # Gradients, precision, devices
 
 
@@ -537,6 +561,18 @@ def test_half_precision_is_widened():
     assert torch.equal(S.srpo_loss(ratios, beta=0.3), S.srpo_loss(wide, beta=0.3))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(S.srpo_loss(wide, beta=0.3), S.srpo_loss(ratios, beta=0.3))
+    p, ref, improver = (x.float() for x in random_game(2, 4))
+    calls = (
+        lambda: S.exploitability(p, ref),
+        lambda: S.ipo_optimum(p, ref, improver[0], tau=0.1),
+        lambda: S.revise(ref, improver, 3),
+        lambda: S.dpo_optimum(p, ref, improver[0], beta=0.1),
+        lambda: S.tabular_srpo(p, ref, improver, beta=0.1).generator,
+    )
+    for call in calls:  # no product of matrices in half precision
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = call()
+        assert torch.equal(inside, call())
 
 
 def test_transforms():

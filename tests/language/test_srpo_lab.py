@@ -11,7 +11,7 @@ from full_profile import run_full
 from lossbook import lab
 from lossbook.language import srpo as S
 
-TINY = dict(steps=20, batch=8, sft_steps=5, pairs=40, drafts=12, seeds=(0, 1), draws=range(500, 501), lines=range(500, 502), jobs=1)  # fmt: skip
+TINY = dict(steps=20, batch=8, sft_steps=5, pairs=40, drafts=12, seeds=(0, 1), draws=range(500, 501), fresh=range(530, 531), lines=range(500, 502), jobs=1)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,23 @@ def test_judge_is_the_circle(circle):
         p, q = (float(judge([[]], [x], [y])[0]) for x, y in ((a, b), (b, a)))
         assert p + q == pytest.approx(1)
         assert p == pytest.approx({0: 0.5, 1: 0.95, 2: 0.05}[(a[0] - b[0]) % 3])
+
+
+def test_why_dpo_does_not_move_on_every_table():
+    """The reason in the ledger: where the policy stays, both writers lead it to one completion, and its scores do move."""
+    flat, skewed = torch.full((4,), 0.25, dtype=torch.float64), torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=torch.float64)
+    still = []
+    for seed in range(500, 512):
+        upper = np.triu(np.random.default_rng(seed).uniform(size=(4, 4)), 1)
+        p = torch.tensor(upper + np.tril(1 - upper.T, -1) + np.eye(4) / 2)
+        policies = [S.dpo_optimum(p, flat, mu, beta=0.3) for mu in (flat, skewed)]
+        if (policies[0] - policies[1]).abs().sum() / 2 > 0.01:
+            continue
+        still.append(seed)
+        assert policies[0].argmax() == policies[1].argmax() and min(q.max() for q in policies) > 0.999
+        scores = [0.3 * (q.log() - q.log().mean()) for q in policies]
+        assert (scores[0] - scores[1]).abs().max() > 0.1
+    assert len(still) == 2
 
 
 # The profile `full`

@@ -53,6 +53,11 @@ def _distribution(name: str, value: Tensor, preference: Tensor, ndim: int = 1) -
     return value
 
 
+def _mean(preference: Tensor, policy: Tensor) -> Tensor:
+    """Each completion's mean preference over what a policy writes; under autocast a matrix product would be in half precision."""
+    return (preference * policy).sum(1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The game
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +193,7 @@ def exploitability(preference: Tensor, policy: Tensor) -> Tensor:
         tensor(0.8000)
     """
     _preference(preference)
-    return (preference @ _distribution("policy", policy, preference)).amax()
+    return _mean(preference, _distribution("policy", policy, preference)).amax()
 
 
 def improvement(preference: Tensor, drafts: Tensor, improver: Tensor) -> Tensor:
@@ -447,7 +452,7 @@ def revise(distribution: Tensor, improver: Tensor, steps: int) -> Tensor:
     _distribution("improver", improver, improver, ndim=2)
     chain = [_distribution("distribution", distribution, improver)]
     for _ in range(_checks.positive_int("steps", steps, minimum=0)):
-        chain.append(chain[-1] @ improver)
+        chain.append(_mean(improver.T, chain[-1]))
     return torch.stack(chain)
 
 
@@ -512,7 +517,7 @@ def ipo_optimum(preference: Tensor, ref: Tensor, behaviour: Tensor, *, tau: floa
     _preference(preference)
     _distribution("ref", ref, preference)
     _distribution("behaviour", behaviour, preference)
-    return (ref.log() + preference @ behaviour / _checks.positive_number("tau", tau)).softmax(0)
+    return (ref.log() + _mean(preference, behaviour) / _checks.positive_number("tau", tau)).softmax(0)
 
 
 def dpo_optimum(preference: Tensor, ref: Tensor, behaviour: Tensor, *, beta: float) -> Tensor:
@@ -530,9 +535,9 @@ def dpo_optimum(preference: Tensor, ref: Tensor, behaviour: Tensor, *, beta: flo
         Shape ``(K,)``.
 
     Raises:
-        TypeError, ValueError: for a wrong type, shape or value, naming the argument; and where preferences of 0 and 1 leave the loss without a minimizer.
+        TypeError, ValueError: for a wrong type, shape or value, naming the argument; and where preferences of 0 and 1, or too close to them, leave the loss without a minimizer that can be found.
 
-    Complexity: O(K³) for each of some ten steps.
+    Complexity: O(K³) for each of some ten steps, more for preferences close to 0 and 1.
 
     Source: Rafailov et al. 2023; Ford 1957 for the condition.
 
@@ -556,23 +561,37 @@ def dpo_optimum(preference: Tensor, ref: Tensor, behaviour: Tensor, *, beta: flo
             "preference of 0 or 1 splits the completions into winners and losers: the loss of DPO has no minimizer"
         )
     p, mu = preference.detach().double(), behaviour.detach().double()
-    p = (p + 1 - p.T) / 2
+    rare = p <= p.T
+    p = torch.where(rare, p, 1 - p.T)  # of a pair the smaller number is the exact one
     pairs, theta = mu[:, None] * mu, torch.zeros(len(p), dtype=torch.float64, device=p.device)
 
     def loss(scores: Tensor) -> Tensor:
-        return (pairs * p * F.softplus(scores[None, :] - scores[:, None])).sum()
+        each = pairs * p * F.softplus(scores[None, :] - scores[:, None])
+        return each.sum() - each.diagonal().sum()
 
+    def slope(gap: Tensor) -> Tensor:
+        error = torch.sigmoid(gap) - p
+        return (pairs * torch.where(rare, error, -error.T)).sum(1)
+
+    found = False
     for _ in range(200):
-        win = torch.sigmoid(theta[:, None] - theta)
-        gradient = (pairs * (win - p)).sum(1)
-        if ((gradient / mu).abs() < 1e-14).all():
-            break
-        curvature = pairs * win * (1 - win)
+        gap = theta[:, None] - theta
+        gradient, curvature = slope(gap), pairs * torch.sigmoid(gap) * torch.sigmoid(-gap)
         hessian = curvature.sum(1).diag() - curvature
         # The loss does not change if all scores move together; the added matrix fixes their weighted mean.
-        step = torch.linalg.solve(hessian + hessian.diagonal().mean() * pairs, gradient)
+        step, singular = torch.linalg.solve_ex(hessian + hessian.diagonal().mean().clamp(min=1e-300) * pairs, gradient)
         size, now = 1.0, loss(theta)
+        if singular:
+            break
+        if gradient @ step <= 1e-22 * now:  # twice what the loss can still lose; the last step squares its share
+            theta = theta - step
+            # A completion that loses nearly always weighs next to nothing in the loss: see that its score fits, too.
+            rarely = (pairs * torch.minimum(p, p.T).fill_diagonal_(0)).sum(1)
+            found = bool((slope(theta[:, None] - theta).abs() <= 1e-6 * rarely).all())
+            break
         while loss(theta - size * step) > now and size > 1e-4:
             size /= 2
         theta = theta - size * step
+    if not found:
+        raise ValueError("preference is too close to 0 or 1 for the scores of DPO to be found in float64")
     return (ref.log() + (theta / beta).to(ref)).softmax(0)
