@@ -372,6 +372,20 @@ def test_flow_with_a_steep_integrand():
     assert sum(pieces) == pytest.approx(2e200, rel=1e-7)
 
 
+@pytest.mark.parametrize(("m0", "kappa", "t", "beta"), [(0.0, 1e3, 1e6, 1e-3), (-500.0, 1.0, 1e5, 0.02), (3.0, 2.0, 1e30, 0.03)])
+def test_flow_far_down(m0, kappa, t, beta):
+    """Far below zero the integral is (m0' - m) + π0^β (e^(-βm) - e^(-βm0')) / β, from a margin m0' = -40 or lower."""
+    log_pi = -np.logaddexp(0, -m0)
+    start = min(m0, -40.0)
+    near = 0.0 if start == m0 else quad(
+        lambda s: (1 + math.exp(s)) * (1 + math.exp(beta * (log_pi + np.logaddexp(0, -s)))), start, m0, epsrel=1e-12
+    )[0]  # fmt: skip
+    m = N.margin_flow(m0, kappa, t, beta=beta).item()
+    assert m < -700
+    time = near + start - m + math.exp(beta * (log_pi - start)) * math.expm1(beta * (start - m)) / beta
+    assert time == pytest.approx(2 * kappa * t, rel=1e-8)
+
+
 def test_flow_limits():
     t = torch.tensor([1.0, 10.0, 100.0], dtype=D)
     small = N.margin_flow(1.0, 1.0, t, beta=1e-6)
@@ -588,7 +602,10 @@ ROWS = torch.zeros(3, 4, dtype=D)
         (lambda: N.margin_flow(0.0, 1.0, -1.0), ValueError, "t must be finite and >= 0"),
         (lambda: N.margin_flow(0.0, 1.0, 1.0, beta=0), ValueError, "beta must be"),
         (lambda: N.margin_asymptote(0.0, 1.0, 0.0), ValueError, "t must be > 0"),
-        (lambda: N.divergence_bounds(-1, 0.1, **BOUNDS), ValueError, "must be finite and >= 0"),
+        (lambda: N.margin_flow(0.0, 1.0, X[:0], beta=0.5), ValueError, "t must not be empty"),
+        (lambda: N.margin_flow(0.0, 1.0, "soon"), TypeError, "t must be a number or a tensor"),
+        (lambda: N.divergence_bounds(-1, 0.1, **BOUNDS), ValueError, "steps must be finite and >= 0"),
+        (lambda: N.dpo_unlearning_loss(X, X, X - math.inf, X, beta=1.0), ValueError, "margin must be finite"),
         (lambda: N.divergence_bounds(1, 1.1, **BOUNDS), ValueError, "step_size must be"),
         (lambda: N.divergence_bounds(1, 0.1, **BOUNDS | dict(min_norm=2.0)), ValueError, "min_norm must be at most max_norm"),
         (lambda: N.divergence_bounds(1, 0.1, **BOUNDS | dict(max_margin=-1.0)), ValueError, "max_margin must be"),

@@ -183,7 +183,7 @@ def dpo_unlearning_loss(
         Shape ``()``, or ``(B,)`` with reduction "none"; float32 or wider, at least 0.
 
     Raises:
-        TypeError, ValueError: for a wrong type, shape, beta or reduction, naming the argument.
+        TypeError, ValueError: for a wrong type, shape, beta or reduction, naming the argument; or a margin that is not finite.
 
     Complexity: O(B) time and memory.
 
@@ -219,7 +219,7 @@ def kto_unlearning_loss(
         Shape ``()``, or ``(B,)`` with reduction "none"; float32 or wider, at least 0.
 
     Raises:
-        TypeError, ValueError: for a wrong type, shape, reference point, beta or reduction, naming the argument.
+        TypeError, ValueError: for a wrong type, shape, reference point, beta or reduction, naming the argument; or a margin that is not finite.
 
     Complexity: O(B) time and memory.
 
@@ -501,10 +501,15 @@ def _bisected(low: Tensor, high: Tensor, above: Callable[[Tensor], Tensor], step
     return low, high
 
 
-def _times(t: Tensor | float) -> Tensor:
-    t = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
+def _times(name: str, t: Tensor | float) -> Tensor:
+    try:
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number or a tensor, got {type(t).__name__}") from error
+    if t.numel() == 0:
+        raise ValueError(f"{name} must not be empty")
     if not bool((torch.isfinite(t) & (t >= 0)).all()):
-        raise ValueError(f"t must be finite and >= 0 everywhere, got {t.min()} to {t.max()}")
+        raise ValueError(f"{name} must be finite and >= 0 everywhere, got {t.min()} to {t.max()}")
     return t
 
 
@@ -536,7 +541,7 @@ def margin_flow(m0: float, kappa: float, t: Tensor | float, *, beta: float | Non
         (tensor(-20.6109, dtype=torch.float64), tensor(-3.5585, dtype=torch.float64))
     """
     m0, kappa, log_pi = _start(m0, kappa)
-    t = _times(t)
+    t = _times("t", t)
     if beta is None:
         from scipy.special import wrightomega
 
@@ -562,7 +567,7 @@ def margin_flow(m0: float, kappa: float, t: Tensor | float, *, beta: float | Non
     nodes, weights = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(_NODES))
 
     def slowness(s: Tensor) -> Tensor:
-        ratio = beta * (F.softplus(-s, threshold=1e9) + log_pi)  # β log(π0 / σ(s)), below the lower bound perhaps large
+        ratio = beta * (log_pi - F.logsigmoid(s))  # β log(π0 / σ(s)), below the lower bound perhaps large
         return (1 + s.exp()) * (1 + ratio.clamp(max=690).exp())
 
     def integral(a: Tensor, b: Tensor) -> Tensor:
@@ -602,7 +607,7 @@ def margin_asymptote(m0: float, kappa: float, t: Tensor | float, *, beta: float 
         tensor(-18.5476, dtype=torch.float64)
     """
     m0, kappa, log_pi = _start(m0, kappa)
-    t = _times(t)
+    t = _times("t", t)
     if not bool((t > 0).all()):
         raise ValueError("t must be > 0 everywhere, got 0")
     if beta is None:
@@ -647,7 +652,7 @@ def divergence_bounds(
         >>> round(low.item(), 3), round(high.item(), 3)
         (3.932, 8.587)
     """
-    steps = _times(steps)
+    steps = _times("steps", steps)
     eta = _checks.number("step_size", _checks.positive_number("step_size", step_size), 0, 1)
     low, high = _checks.positive_number("min_norm", min_norm), _checks.positive_number("max_norm", max_norm)
     if low > high:
