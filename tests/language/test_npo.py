@@ -372,7 +372,9 @@ def test_flow_with_a_steep_integrand():
     assert sum(pieces) == pytest.approx(2e200, rel=1e-7)
 
 
-@pytest.mark.parametrize(("m0", "kappa", "t", "beta"), [(0.0, 1e3, 1e6, 1e-3), (-500.0, 1.0, 1e5, 0.02), (3.0, 2.0, 1e30, 0.03)])
+@pytest.mark.parametrize(
+    ("m0", "kappa", "t", "beta"), [(0.0, 1e3, 1e6, 1e-3), (-500.0, 1.0, 1e5, 0.02), (3.0, 2.0, 1e30, 0.03)]
+)
 def test_flow_far_down(m0, kappa, t, beta):
     """Far below zero the integral is (m0' - m) + π0^β (e^(-βm) - e^(-βm0')) / β, from a margin m0' = -40 or lower."""
     log_pi = -np.logaddexp(0, -m0)
