@@ -225,30 +225,14 @@ def test_retain_kl():
     nan = logits.clone()
     nan[0, 1] = math.nan  # a masked token does not count
     assert N.retain_kl(nan, ref, mask).item() == pytest.approx(np.mean(kept))
+    nan.requires_grad_()
+    (gradient,) = torch.autograd.grad(N.retain_kl(nan, ref, mask), nan)
+    wanted = (torch.softmax(logits, -1) - torch.softmax(ref, -1)) * mask[:, :, None] / 3
+    torch.testing.assert_close(gradient, wanted)
+    one = torch.tensor([[False] * 3, [True, False, False]])  # a row without a token
+    assert N.retain_kl(logits, ref, one).item() == pytest.approx(each[3])
     far = torch.tensor([[1e4, -1e4]])
     assert N.retain_kl(far, -far).isfinite()
-
-
-@pytest.mark.parametrize("average", [False, True])
-def test_answer_logps(average):
-    rng = np.random.default_rng(0)
-    logits = normal(4, 6, 5, seed=3, scale=2.0)
-    labels = torch.tensor(rng.integers(5, size=(4, 6)))
-    labels[0, :3], labels[1], labels[2, 4:] = -100, -100, -100
-    labels[1, 0] = 2  # the first token has nothing that predicts it
-    wanted = []
-    for i in range(4):
-        terms = [
-            float(torch.log_softmax(logits[i, t - 1], 0)[labels[i, t]]) for t in range(1, 6) if labels[i, t] != -100
-        ]
-        wanted.append((sum(terms) / len(terms) if average else sum(terms)) if terms else 0.0)
-    got = N.answer_logps(logits, labels, average=average)
-    np.testing.assert_allclose(got, wanted, rtol=1e-12)
-    assert got[1] == 0
-    padded = torch.cat([logits, normal(4, 2, 5, seed=8)], 1), F.pad(labels, (0, 2), value=-100)
-    torch.testing.assert_close(N.answer_logps(*padded, average=average), got)
-    other = N.answer_logps(logits, labels.where(labels != -100, -1), ignore_index=-1, average=average)
-    torch.testing.assert_close(other, got)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -386,6 +370,22 @@ def test_flow_with_a_steep_integrand():
         for a, b in zip(edges[:-1], edges[1:], strict=True)
     ]
     assert sum(pieces) == pytest.approx(2e200, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("m0", "kappa", "t", "beta"), [(0.0, 1e3, 1e6, 1e-3), (-500.0, 1.0, 1e5, 0.02), (3.0, 2.0, 1e30, 0.03)]
+)
+def test_flow_far_down(m0, kappa, t, beta):
+    """Far below zero the integral is (m0' - m) + π0^β (e^(-βm) - e^(-βm0')) / β, from a margin m0' = -40 or lower."""
+    log_pi = -np.logaddexp(0, -m0)
+    start = min(m0, -40.0)
+    near = 0.0 if start == m0 else quad(
+        lambda s: (1 + math.exp(s)) * (1 + math.exp(beta * (log_pi + np.logaddexp(0, -s)))), start, m0, epsrel=1e-12
+    )[0]  # fmt: skip
+    m = N.margin_flow(m0, kappa, t, beta=beta).item()
+    assert m < -700
+    time = near + start - m + math.exp(beta * (log_pi - start)) * math.expm1(beta * (start - m)) / beta
+    assert time == pytest.approx(2 * kappa * t, rel=1e-8)
 
 
 def test_flow_limits():
@@ -591,10 +591,6 @@ ROWS = torch.zeros(3, 4, dtype=D)
         (lambda: N.retain_kl(ROWS, ROWS, torch.ones(3)), TypeError, "mask must be a boolean tensor"),
         (lambda: N.retain_kl(ROWS, ROWS, torch.ones(2).bool()), ValueError, r"mask must have shape \(3,\)"),
         (lambda: N.retain_kl(ROWS, ROWS, torch.zeros(3).bool()), ValueError, "mask must keep at least one token"),
-        (lambda: N.answer_logps(ROWS, X.long()), ValueError, "logits must have 3 dimension"),
-        (lambda: N.answer_logps(ROWS[None], torch.zeros(1, 2).long()), ValueError, r"labels must have shape \(1, 3\)"),
-        (lambda: N.answer_logps(ROWS[None], torch.zeros(1, 3)), TypeError, "labels must be an int64 tensor"),
-        (lambda: N.answer_logps(ROWS[None], torch.full((1, 3), 4)), ValueError, r"labels must lie in \[0, 4\)"),
         (lambda: N.truth_ratio(ROWS, Z.double()), ValueError, r"paraphrased_logps must have shape \(3,\)"),
         (lambda: N.truth_ratio(ROWS, X, mean="median"), ValueError, "mean must be 'arithmetic' or 'geometric'"),
         (lambda: N.truth_score(X - 1), ValueError, "ratios must be >= 0"),
@@ -608,7 +604,10 @@ ROWS = torch.zeros(3, 4, dtype=D)
         (lambda: N.margin_flow(0.0, 1.0, -1.0), ValueError, "t must be finite and >= 0"),
         (lambda: N.margin_flow(0.0, 1.0, 1.0, beta=0), ValueError, "beta must be"),
         (lambda: N.margin_asymptote(0.0, 1.0, 0.0), ValueError, "t must be > 0"),
-        (lambda: N.divergence_bounds(-1, 0.1, **BOUNDS), ValueError, "must be finite and >= 0"),
+        (lambda: N.margin_flow(0.0, 1.0, X[:0], beta=0.5), ValueError, "t must not be empty"),
+        (lambda: N.margin_flow(0.0, 1.0, "soon"), TypeError, "t must be a number or a tensor"),
+        (lambda: N.divergence_bounds(-1, 0.1, **BOUNDS), ValueError, "steps must be finite and >= 0"),
+        (lambda: N.dpo_unlearning_loss(X, X, X - math.inf, X, beta=1.0), ValueError, "margin must be finite"),
         (lambda: N.divergence_bounds(1, 1.1, **BOUNDS), ValueError, "step_size must be"),
         (lambda: N.divergence_bounds(1, 0.1, **BOUNDS | dict(min_norm=2.0)), ValueError, "min_norm must be at most max_norm"),
         (lambda: N.divergence_bounds(1, 0.1, **BOUNDS | dict(max_margin=-1.0)), ValueError, "max_margin must be"),

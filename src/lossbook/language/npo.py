@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lossbook import _checks
+from lossbook.language.robust_dpo import dpo_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss and its weight
@@ -56,7 +57,7 @@ def npo_loss(logps: Tensor, ref_logps: Tensor, *, beta: float, reduction: str = 
     """
     ratio, beta = _log_ratio(logps, ref_logps), _checks.positive_number("beta", beta)
     # softplus is linear above its threshold, which costs the gradient its last digits.
-    return _checks.reduced(-2 / beta * F.logsigmoid(-beta * ratio), reduction)
+    return -2 / beta * _checks.reduced(F.logsigmoid(-beta * ratio), reduction)
 
 
 def npo_weight(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
@@ -102,6 +103,8 @@ def gradient_ascent_loss(logps: Tensor, *, reduction: str = "mean") -> Tensor:
     Raises:
         TypeError, ValueError: for a wrong type, shape or reduction, naming the argument.
 
+    Complexity: O(B).
+
     Source: Zhang et al., section 2.
 
     Example:
@@ -124,6 +127,8 @@ def retain_loss(logps: Tensor, *, reduction: str = "mean") -> Tensor:
     Raises:
         TypeError, ValueError: for a wrong type, shape or reduction, naming the argument.
 
+    Complexity: O(B).
+
     Source: Zhang et al., section 2.
 
     Example:
@@ -145,6 +150,8 @@ def idk_loss(logps_idk: Tensor, *, reduction: str = "mean") -> Tensor:
 
     Raises:
         TypeError, ValueError: for a wrong type, shape or reduction, naming the argument.
+
+    Complexity: O(B).
 
     Source: Maini et al. 2024 (TOFU); Zhang et al., section 2.
 
@@ -176,7 +183,9 @@ def dpo_unlearning_loss(
         Shape ``()``, or ``(B,)`` with reduction "none"; float32 or wider, at least 0.
 
     Raises:
-        TypeError, ValueError: for a wrong type, shape, beta or reduction, naming the argument.
+        TypeError, ValueError: for a wrong type, shape, beta or reduction, naming the argument; or a margin that is not finite.
+
+    Complexity: O(B) time and memory.
 
     Source: Rafailov et al. 2023, with the factor 2 of eq-npo-loss; Zhang et al., section 4.
 
@@ -189,7 +198,7 @@ def dpo_unlearning_loss(
     _checks.like("logps_idk", logps_idk, "logps", logps, 1)
     ratio_idk = _log_ratio(logps_idk, ref_logps_idk, "_idk")
     beta = _checks.positive_number("beta", beta)
-    return _checks.reduced(-2 / beta * F.logsigmoid(beta * (ratio_idk - ratio)), reduction)
+    return 2 / beta * dpo_loss(beta * (ratio_idk - ratio), reduction=reduction)
 
 
 def kto_unlearning_loss(
@@ -210,7 +219,9 @@ def kto_unlearning_loss(
         Shape ``()``, or ``(B,)`` with reduction "none"; float32 or wider, at least 0.
 
     Raises:
-        TypeError, ValueError: for a wrong type, shape, reference point, beta or reduction, naming the argument.
+        TypeError, ValueError: for a wrong type, shape, reference point, beta or reduction, naming the argument; or a margin that is not finite.
+
+    Complexity: O(B) time and memory.
 
     Source: Ethayarajh et al. 2024; the code of Zhang et al. (``kto_logsigmoid``).
 
@@ -228,7 +239,7 @@ def kto_unlearning_loss(
         )
     else:
         reference_point = reference_point.detach()
-    return _checks.reduced(-2 / beta * F.logsigmoid(beta * (reference_point - ratio)), reduction)
+    return 2 / beta * dpo_loss(beta * (reference_point - ratio), reduction=reduction)
 
 
 def retain_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -245,7 +256,7 @@ def retain_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None) ->
     Raises:
         TypeError, ValueError: for a wrong type or shape, or a mask without a token, naming the argument.
 
-    Complexity: O(TV) time and memory for T tokens.
+    Complexity: O(TV) time and memory for T tokens that count.
 
     Source: Zhang et al., section 2. The text has :math:`\mathrm{KL}(\pi_\theta\|\pi_{\rm ref})`; this is the code's direction.
 
@@ -257,55 +268,17 @@ def retain_kl(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None) ->
     _checks.like("ref_logits", ref_logits, "logits", logits, logits.ndim)
     if logits.ndim == 0:
         raise ValueError("logits must have shape (..., V), got shape ()")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.shape != logits.shape[:-1]:
+            raise ValueError(f"mask must have shape {tuple(logits.shape[:-1])}, got {tuple(mask.shape)}")
+        if _checks.known_false(mask.any()):
+            raise ValueError("mask must keep at least one token, got only False")
+        logits, ref_logits = logits[mask], ref_logits[mask]  # other tokens cost nothing and may hold anything
     ref = F.log_softmax(_checks.wide(ref_logits.detach()), -1)
     per_token = F.kl_div(F.log_softmax(_checks.wide(logits), -1), ref, reduction="none", log_target=True).sum(-1)
-    if mask is None:
-        return per_token.mean()
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a boolean tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-    if mask.shape != per_token.shape:
-        raise ValueError(f"mask must have shape {tuple(per_token.shape)}, got {tuple(mask.shape)}")
-    if _checks.known_false(mask.any()):
-        raise ValueError("mask must keep at least one token, got only False")
-    return torch.where(mask, per_token, 0).sum() / mask.sum()
-
-
-def answer_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, average: bool = False) -> Tensor:
-    r"""Log-probability of each answer from logits: position t - 1 predicts ``labels[:, t]`` (eq-npo-answer).
-
-    For logits that are there anyway; from hidden states :func:`lossbook.ops.sequence_logprobs` needs no (tokens, vocabulary) matrix.
-
-    Args:
-        logits: shape ``(B, T, V)``, floating point.
-        labels: int64, shape ``(B, T)``: the tokens themselves, in [0, V), or ``ignore_index`` where a token is no part of the answer. The first column is
-            never counted: nothing predicts it.
-        ignore_index: marks question and padding.
-        average: divide by the number of tokens, as truth ratios need; the losses need the sum.
-
-    Returns:
-        Shape ``(B,)``, float32 or wider; 0 for an answer without tokens.
-
-    Raises:
-        TypeError, ValueError: for a wrong type, shape or label, naming the argument.
-
-    Complexity: O(BTV) time and memory.
-
-    Source: Zhang et al., appendix; the code's batch loss.
-
-    Example:
-        >>> answer_logps(torch.zeros(1, 3, 4), torch.tensor([[-100, 1, 2]]))  # 2 log 1/4
-        tensor([-2.7726])
-    """
-    _checks.floating("logits", logits, 3)
-    if _checks.integer("labels", labels, 2).shape != logits.shape[:2]:
-        raise ValueError(f"labels must have shape {tuple(logits.shape[:2])}, got {tuple(labels.shape)}")
-    labels = labels[:, 1:]
-    used = labels != ignore_index
-    if _checks.known_false(~used | ((labels >= 0) & (labels < logits.shape[2]))):
-        raise ValueError(f"labels must lie in [0, {logits.shape[2]}) or be {ignore_index} (ignore_index)")
-    flat, targets = _checks.wide(logits[:, :-1]).flatten(0, 1), labels.where(used, _checks.NO_CLASS).flatten()
-    tokens = -F.cross_entropy(flat, targets, ignore_index=_checks.NO_CLASS, reduction="none").view(labels.shape)
-    return tokens.sum(1) / used.sum(1).clamp(min=1) if average else tokens.sum(1)
+    return per_token.mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,6 +340,8 @@ def truth_score(ratios: Tensor) -> float:
     Raises:
         TypeError, ValueError: for a wrong type, shape or value, naming the argument.
 
+    Complexity: O(B).
+
     Source: Maini et al. 2024 (TOFU).
 
     Example:
@@ -391,6 +366,8 @@ def answer_probability(logps: Tensor, wrong_logps: Tensor | None = None) -> floa
 
     Raises:
         TypeError, ValueError: for a wrong type or shape, naming the argument.
+
+    Complexity: O(BK).
 
     Source: Maini et al. 2024 (TOFU).
 
@@ -487,6 +464,8 @@ def model_utility(values: Sequence[float]) -> float:
     Raises:
         TypeError, ValueError: for an empty sequence or a value outside of [0, 1].
 
+    Complexity: O(1) a value.
+
     Source: Maini et al. 2024 (TOFU).
 
     Example:
@@ -522,10 +501,15 @@ def _bisected(low: Tensor, high: Tensor, above: Callable[[Tensor], Tensor], step
     return low, high
 
 
-def _times(t: Tensor | float) -> Tensor:
-    t = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
+def _times(name: str, t: Tensor | float) -> Tensor:
+    try:
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number or a tensor, got {type(t).__name__}") from error
+    if t.numel() == 0:
+        raise ValueError(f"{name} must not be empty")
     if not bool((torch.isfinite(t) & (t >= 0)).all()):
-        raise ValueError(f"t must be finite and >= 0 everywhere, got {t.min()} to {t.max()}")
+        raise ValueError(f"{name} must be finite and >= 0 everywhere, got {t.min()} to {t.max()}")
     return t
 
 
@@ -557,7 +541,7 @@ def margin_flow(m0: float, kappa: float, t: Tensor | float, *, beta: float | Non
         (tensor(-20.6109, dtype=torch.float64), tensor(-3.5585, dtype=torch.float64))
     """
     m0, kappa, log_pi = _start(m0, kappa)
-    t = _times(t)
+    t = _times("t", t)
     if beta is None:
         from scipy.special import wrightomega
 
@@ -583,7 +567,7 @@ def margin_flow(m0: float, kappa: float, t: Tensor | float, *, beta: float | Non
     nodes, weights = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(_NODES))
 
     def slowness(s: Tensor) -> Tensor:
-        ratio = beta * (F.softplus(-s, threshold=1e9) + log_pi)  # β log(π0 / σ(s)), below the lower bound perhaps large
+        ratio = beta * (log_pi - F.logsigmoid(s))  # β log(π0 / σ(s)), below the lower bound perhaps large
         return (1 + s.exp()) * (1 + ratio.clamp(max=690).exp())
 
     def integral(a: Tensor, b: Tensor) -> Tensor:
@@ -614,6 +598,8 @@ def margin_asymptote(m0: float, kappa: float, t: Tensor | float, *, beta: float 
     Raises:
         TypeError, ValueError: for a wrong type or value, naming the argument.
 
+    Complexity: O(n) for n times.
+
     Source: this course.
 
     Example:
@@ -621,7 +607,7 @@ def margin_asymptote(m0: float, kappa: float, t: Tensor | float, *, beta: float 
         tensor(-18.5476, dtype=torch.float64)
     """
     m0, kappa, log_pi = _start(m0, kappa)
-    t = _times(t)
+    t = _times("t", t)
     if not bool((t > 0).all()):
         raise ValueError("t must be > 0 everywhere, got 0")
     if beta is None:
@@ -657,6 +643,8 @@ def divergence_bounds(
     Raises:
         TypeError, ValueError: for a wrong type or value, naming the argument.
 
+    Complexity: O(n) for n numbers of steps.
+
     Source: Zhang et al., Theorem 2, with the constants of the chapter's proof.
 
     Example:
@@ -664,7 +652,7 @@ def divergence_bounds(
         >>> round(low.item(), 3), round(high.item(), 3)
         (3.932, 8.587)
     """
-    steps = _times(steps)
+    steps = _times("steps", steps)
     eta = _checks.number("step_size", _checks.positive_number("step_size", step_size), 0, 1)
     low, high = _checks.positive_number("min_norm", min_norm), _checks.positive_number("max_norm", max_norm)
     if low > high:
@@ -733,6 +721,8 @@ def gaussian_logistic_unlearning(
     Raises:
         TypeError, ValueError: for a wrong type or value, naming the argument.
 
+    Complexity: O(nd) for n examples.
+
     Source: Zhang et al., section 4; the sizes are the paper's.
 
     Example:
@@ -768,6 +758,8 @@ def binary_kl(target_logits: Tensor, logits: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: for a wrong type or shape, naming the argument.
+
+    Complexity: O(n).
 
     Source: Zhang et al., section 4.
 

@@ -26,27 +26,24 @@ def _by_gather(logits, labels):
 
 
 def _ways(way, data):
-    """One of three ways to the gradient of the NPO loss in the hidden states."""
+    """One of two ways to the gradient of the NPO loss in the hidden states."""
     hidden, weight, tokens, mask = data
     hidden = hidden.detach().requires_grad_()
     if way == "sequence_logprobs":
         logps = ops.sequence_logprobs(hidden, weight, tokens, mask)
     else:
-        logits, labels = hidden @ weight.T, tokens.where(mask, -100)
-        logps = N.answer_logps(logits, labels) if way == "answer_logps" else _by_gather(logits, labels)
+        logps = _by_gather(hidden @ weight.T, tokens.where(mask, -100))
     N.npo_loss(logps, logps.detach() + 1, beta=0.1).backward()
     return hidden.grad
 
 
-WAYS = ("sequence_logprobs", "answer_logps", "gather")
+WAYS = ("sequence_logprobs", "gather")
 
 
 def _losses(sizes, repeats):
-    """Milliseconds of forward and backward, for the three ways."""
+    """Milliseconds of forward and backward, for both ways."""
     data = _answers(*sizes)
-    wanted = _ways("gather", data)
-    for way in WAYS[:2]:
-        torch.testing.assert_close(_ways(way, data), wanted, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(*(_ways(way, data) for way in WAYS), rtol=1e-3, atol=1e-6)
     return timed(*(lambda way=way: _ways(way, data) for way in WAYS), repeats=repeats)
 
 
@@ -81,11 +78,6 @@ def _fit(steps, repeats):
     return timed(*fits, repeats=repeats)
 
 
-def _answer_time(length, vocabulary):
-    logits, labels = torch.randn(4, length, vocabulary), torch.randint(vocabulary, (4, length))
-    return timed(lambda: N.answer_logps(logits, labels), repeats=9)[0]
-
-
 def _rouge_time(n):
     a, b = (np.random.default_rng(k).integers(50, size=n).tolist() for k in range(2))
     return timed(lambda: N.rouge_l_recall(a, b), repeats=5)[0]
@@ -98,12 +90,12 @@ def run(small: bool = False) -> tuple[list[Row], list[Slope]]:
         times = dict(zip(WAYS, in_fresh_process(_losses, sizes, repeats), strict=True))
         memory = {way: in_fresh_process(_memory, way, sizes) for way in WAYS}
         size = f"{sizes[0]} × {sizes[1]} tokens, {sizes[2]} words"
-        for way in WAYS[:2]:
-            ratio = times[way] / times["gather"]
-            rows.append(
-                Row(PART, SLUG, f"npo_loss of {way}", "log_softmax and gather", size, times[way], times["gather"], ratio,
-                    memory[way], memory["gather"], note=bar(ratio, 1.2, "ratio"))
-            )  # fmt: skip
+        ours, peer = WAYS
+        ratio = times[ours] / times[peer]
+        rows.append(
+            Row(PART, SLUG, f"npo_loss of {ours}", "log_softmax and gather", size, times[ours], times[peer], ratio,
+                memory[ours], memory[peer], note=bar(ratio, 1.2, "ratio"))
+        )  # fmt: skip
     for count, beta in ((50, 0.5),) if small else ((1000, 0.5), (1000, 1.0)):
         ours, peer = in_fresh_process(_flow, count, beta, 3 if small else 9)
         rows.append(
@@ -115,13 +107,6 @@ def run(small: bool = False) -> tuple[list[Row], list[Slope]]:
         Row(PART, SLUG, "fit by the flow", "gradient descent", f"1000 × 128, {steps} steps", ours, peer, ours / peer,
             note=bar(ours / peer, 1, "ratio"))
     )  # fmt: skip
-    lengths, words = ((32, 64), (1000, 2000)) if small else ((64, 128, 256, 512), (4000, 8000, 16000, 32000))
-    times = [in_fresh_process(_answer_time, n, 4000) for n in lengths]
-    slopes.append(
-        Slope("answer_logps", "time", f"T = {lengths[0]} to {lengths[-1]}", exponent(lengths, times), "1 (O(BTV))")
-    )
-    times = [in_fresh_process(_answer_time, 128, v) for v in words]
-    slopes.append(Slope("answer_logps", "time", f"V = {words[0]} to {words[-1]}", exponent(words, times), "1 (O(BTV))"))
     lengths = (100, 200) if small else (100, 200, 400, 800)
     times = [in_fresh_process(_rouge_time, n) for n in lengths]
     slopes.append(
