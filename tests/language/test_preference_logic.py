@@ -389,6 +389,11 @@ def test_lattice():
     assert len(bottom) == len(top) == 1
     assert bottom[0].equivalent(P.NAMED["CEUnl"]) and top[0].equivalent(P.NAMED["unCPO"])
     assert sorted(d for _, d in graph.degree()) == [4] * 16
+    order = {
+        structure: i for i, structure in enumerate(SENSIBLE)
+    }  # edges come in the order of the structures, in every run
+    edges = [(order[a], order[b]) for a, b in graph.edges]
+    assert list(graph) == SENSIBLE and edges == sorted(edges)
     cpo, orpo = P.NAMED["CPO"], P.NAMED["ORPO"]
     assert not cpo.entails(orpo) and not orpo.entails(cpo)
     for a, b in itertools.product(SENSIBLE, repeat=2):
