@@ -389,6 +389,11 @@ def test_lattice():
     assert len(bottom) == len(top) == 1
     assert bottom[0].equivalent(P.NAMED["CEUnl"]) and top[0].equivalent(P.NAMED["unCPO"])
     assert sorted(d for _, d in graph.degree()) == [4] * 16
+    order = {
+        structure: i for i, structure in enumerate(SENSIBLE)
+    }  # edges come in the order of the structures, in every run
+    edges = [(order[a], order[b]) for a, b in graph.edges]
+    assert list(graph) == SENSIBLE and edges == sorted(edges)
     cpo, orpo = P.NAMED["CPO"], P.NAMED["ORPO"]
     assert not cpo.entails(orpo) and not orpo.entails(cpo)
     for a, b in itertools.product(SENSIBLE, repeat=2):
@@ -484,6 +489,40 @@ def test_gradient_is_a_difference_of_posteriors(structure, p):
         assert row == pytest.approx(wanted, rel=1e-6, abs=1e-8)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 4), st.data())
+def test_compiled_is_the_ratio_of_counts(n, data):
+    """Any two sets of worlds, value and gradient; merged parts are disjoint and cover the worlds."""
+    everything = list(itertools.product((True, False), repeat=n))
+    groups = [data.draw(st.sets(st.sampled_from(everything), min_size=1)) for _ in range(2)]
+    structure = Structure.from_models(*groups, sympy.symbols(f"X1:{n + 1}"))
+    for group, parts in zip(groups, structure._parts, strict=True):
+        covered = [w for part in parts for w in everything if all(v in (None, x) for v, x in zip(part, w, strict=True))]
+        assert sorted(covered) == sorted(group)
+    p = torch.tensor([data.draw(st.lists(probabilities, min_size=n, max_size=n))], dtype=DOUBLE)
+    log_probs = p.log().requires_grad_()
+    rho = P.semantic_log_ratio(structure, log_probs)
+    wanted = [count(group, p[0].tolist()) for group in groups]
+    assert rho.item() == pytest.approx(math.log(wanted[0] / wanted[1]), rel=1e-9, abs=1e-9)
+    (automatic,) = torch.autograd.grad(rho.sum(), log_probs)
+    assert torch.allclose(P.log_ratio_gradient(structure, log_probs.detach()), automatic, rtol=1e-8, atol=1e-8)
+
+
+def test_compiled_losses_are_as_short_as_written_ones():
+    """CPO, ORPO and DPO are a difference of two products, and CPO and DPO need no 1 - p."""
+    assert P.NAMED["CPO"]._parts == (((True, None),), ((None, True),))
+    assert P.NAMED["ORPO"]._parts == (((True, False),), ((False, True),))
+    assert P.NAMED["DPO"]._parts == (((True, None, None, True),), ((None, True, True, None),))
+    assert Structure(false, variables=(W,))._parts == ((), ((None,),))
+
+
+def test_a_constant_ratio_has_a_gradient():
+    log_probs = uniform(3, 2).requires_grad_()
+    rho = P.semantic_log_ratio(Structure.from_table("BBBB"), log_probs)
+    (gradient,) = torch.autograd.grad(rho.sum(), log_probs)
+    assert (rho == 0).all() and (gradient == 0).all()
+
+
 def test_gradient_with_a_reference():
     columns = uniform(20, 4, low=-6.0).requires_grad_()
     (automatic,) = torch.autograd.grad(P.semantic_log_ratio(P.NAMED["DPO"], columns).sum(), columns)
@@ -514,6 +553,10 @@ def test_dtypes():
         loss = P.preference_loss(P.NAMED["ORPO"], log_probs.to(dtype))
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5 if dtype == torch.float32 else 0.05)
+    columns = log_probs.to(torch.bfloat16).unbind(1)
+    for ratio in (P.cpo_log_ratio, P.orpo_log_ratio, lambda w, l: P.dpo_log_ratio(w, l, l, w)):
+        assert ratio(*columns).dtype == torch.float32
+        assert torch.equal(ratio(*columns), ratio(*(column.float() for column in columns)))
     with torch.autocast("cpu", torch.bfloat16):
         assert P.preference_loss(P.NAMED["ORPO"], log_probs.float()).item() == pytest.approx(wanted.item(), rel=1e-5)
     strided = torch.cat([log_probs, log_probs], dim=1)[:, ::2]
@@ -597,7 +640,11 @@ COLUMN = torch.full((3,), -1.0)
         (lambda: Structure.from_models([], [(True, True, False)]), ValueError, "negation_models must hold worlds of 2"),
         (lambda: Structure.from_table("✓×"), ValueError, "marks must be 4 of"),
         (lambda: Structure.from_table("✓×?-"), ValueError, "marks must be 4 of"),
+        (lambda: Structure.from_models([(1, 0)], [(2, 0)]), ValueError, "negation_models must hold .* true or false"),
+        (lambda: Structure.from_pair(W + L, L), TypeError, "p1 must be a formula"),
+        (lambda: Structure.from_pair(W, W + L), TypeError, "p2 must be a formula"),
         (lambda: CPO.entails(P.NAMED["DPO"]), ValueError, "other must have the variables"),
+        (lambda: CPO.entails("DPO"), TypeError, "other must be a Structure, got str"),
         (lambda: Structure(W, variables=(W,)).swapped(), ValueError, "even number of variables, got 1"),
         (lambda: P.log_weighted_model_count(torch.ones(1, 2), LOGS), TypeError, "models must be a boolean tensor"),
         (lambda: P.log_weighted_model_count([[True, True]], LOGS), TypeError, "models must be a boolean tensor, got list"),
@@ -629,6 +676,7 @@ COLUMN = torch.full((3,), -1.0)
         (lambda: P.is_monotone(P.NAMED["DPO"]), ValueError, "structure must have two variables"),
         (lambda: P.entailment_graph([CPO, CPO.simplified()]), ValueError, "must not hold two that are equivalent"),
         (lambda: P.entailment_graph([CPO, P.NAMED["DPO"]]), ValueError, "other must have the variables"),
+        (lambda: P.entailment_graph([CPO, "DPO"]), TypeError, "structures must be Structure objects"),
     ],
 )  # fmt: skip
 def test_bad_input(call, error, words):

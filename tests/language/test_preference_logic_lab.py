@@ -99,8 +99,11 @@ def test_runs(which, request):
         assert (
             result["end"].isfinite().all() and (result["end"] <= 0).all() and (result["end"] != result["start"]).any()
         )
-        assert result["path"].shape == (size["steps"], 2) and len(result["reward"]) == size["samples"]
-        assert np.isfinite(result["reward"]).all()
+        assert result["path"].shape == (size["steps"], 2)
+    for (_, lr, labels, _), result in results.items():  # texts only where they are asked for
+        assert ("reward" in result) == ("texts" in result) == (labels == "true" and lr == size["lr"])
+        if "reward" in result:
+            assert len(result["reward"]) == size["samples"] and np.isfinite(result["reward"]).all()
     for seed in seeds:  # the same start and the same batches, whatever the loss
         same = [results[n, size["lr"], "true", seed] for n in names["LOSSES"]]
         assert all(

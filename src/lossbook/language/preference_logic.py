@@ -21,17 +21,18 @@ from typing import TYPE_CHECKING
 
 import sympy  # comes with torch, which uses it for the shapes of compiled graphs
 import torch
-import torch.nn.functional as F
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, Boolean, Implies, Not, Or, SOPform, Xor
 from torch import Tensor
 
 from lossbook import _checks
+from lossbook.language import robust_dpo
 
 if TYPE_CHECKING:
     import networkx
 
 World = tuple[bool, ...]
+Part = tuple[bool | None, ...]
 Formula = Boolean | bool
 
 W, L = sympy.symbols("W L")
@@ -69,15 +70,29 @@ def worlds(n: int) -> tuple[World, ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _satisfying(name: str, formula: Formula, variables: Sequence[sympy.Symbol]) -> frozenset[World]:
-    """The worlds in which a formula is true."""
+def _boolean(name: str, formula: Formula) -> Boolean:
     formula = sympy.sympify(formula)
     if not isinstance(formula, Boolean) or formula.atoms(Relational):
         raise TypeError(f"{name} must be a formula of propositional logic, got {formula!r}")
+    return formula
+
+
+def _satisfying(name: str, formula: Formula, variables: Sequence[sympy.Symbol]) -> frozenset[World]:
+    """The worlds in which a formula is true."""
+    formula = _boolean(name, formula)
     if other := formula.free_symbols - set(variables):
         raise ValueError(f"{name} must use the variables {variables} only, got {sorted(map(str, other))}")
     values = lambda world: dict(zip(variables, map(sympy.sympify, world), strict=True))
     return frozenset(world for world in worlds(len(variables)) if formula.xreplace(values(world)) == sympy.true)
+
+
+def _merged(models: frozenset[World]) -> tuple[Part, ...]:
+    """These worlds in fewer, disjoint parts. A part is a world with None where both values belong to it: p + (1 - p) = 1."""
+    if models <= {()}:
+        return tuple(models)
+    yes, no = (frozenset(world[1:] for world in models if world[0] == value) for value in (True, False))
+    branches = ((None, yes),) if yes == no else ((True, yes), (False, no))
+    return tuple((value, *part) for value, group in branches for part in _merged(group))
 
 
 @lru_cache(maxsize=4096)
@@ -111,7 +126,7 @@ class Structure:
     Raises:
         TypeError, ValueError: for what is not a formula of these variables, naming the argument.
 
-    Complexity: :math:`O(2^n)` evaluations of the formulas.
+    Complexity: :math:`O(2^n)` evaluations of the formulas, and :math:`O(2^nn)` to merge their worlds.
 
     Source: Richardson et al., definition of a preference structure.
 
@@ -130,6 +145,7 @@ class Structure:
     variables: tuple[sympy.Symbol, ...]
     _above: frozenset[World] = field(init=False, repr=False, compare=False)
     _below: frozenset[World] = field(init=False, repr=False, compare=False)
+    _parts: tuple[tuple[Part, ...], tuple[Part, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)  # the way into a frozen dataclass
@@ -140,6 +156,7 @@ class Structure:
             put(name, sympy.sympify(getattr(self, name)))
         put("_above", (core | both) & counts)
         put("_below", (frozenset(worlds(len(self.variables))) - core | both) & counts)
+        put("_parts", (_merged(self._above), _merged(self._below)))
 
     @property
     def formula(self) -> Boolean:
@@ -161,6 +178,7 @@ class Structure:
             >>> Structure.from_pair(W, L).core
             Implies(L, W)
         """
+        p1, p2 = _boolean("p1", p1), _boolean("p2", p2)
         return cls(Implies(p2, p1), Or(p1, p2), And(p1, p2), variables=variables)
 
     @classmethod
@@ -178,12 +196,14 @@ class Structure:
         """
         variables = _symbols(variables)
         everything = frozenset(worlds(len(variables)))
-        above, below = (frozenset(tuple(map(bool, w)) for w in group) for group in (formula_models, negation_models))
+        above, below = (frozenset(map(tuple, group)) for group in (formula_models, negation_models))
         for name, group in (("formula_models", above), ("negation_models", below)):
             if not group <= everything:
                 raise ValueError(
-                    f"{name} must hold worlds of {len(variables)} values, got {sorted(group - everything)}"
+                    f"{name} must hold worlds of {len(variables)} values, true or false, got {sorted(group - everything)}"
                 )
+        # A world may have come as zeros and ones: take its equal of bools.
+        above, below = (frozenset(world for world in everything if world in group) for group in (above, below))
         outside = everything - (above | below)
         return cls(
             _simplest(variables, above - below, outside | (above & below)),
@@ -239,6 +259,8 @@ class Structure:
     def entails(self, other: "Structure") -> bool:
         r"""Whether :math:`\overline P\sqsubseteq\overline P'` (eq-preference_logic-order): the formula of this one entails that of
         ``other``, and the negated form of ``other`` that of this one. Then the loss is at least as large, everywhere."""
+        if not isinstance(other, Structure):
+            raise TypeError(f"other must be a Structure, got {type(other).__name__}")
         if self.variables != other.variables:
             raise ValueError(f"other must have the variables {self.variables}, got {other.variables}")
         return self._above <= other._above and other._below <= self._below
@@ -351,33 +373,36 @@ def log_weighted_model_count(models: Tensor, log_probs: Tensor) -> Tensor:
     if models.ndim != 2 or models.shape[1] == 0:
         raise ValueError(f"models must have shape (m, n) with n > 0, got {tuple(models.shape)}")
     log_p = _log_probs(log_probs, models.shape[1])
-    return _log_count(models.to(log_p.device), log_p, log1mexp(log_p))
+    if len(models) == 0:
+        return log_p.new_full((len(log_p),), -torch.inf)
+    return torch.logsumexp(_log_weights(models.to(log_p.device), log_p, log1mexp(log_p)), dim=0)
 
 
 def _log_weights(models: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Logarithms of the weights of m worlds, (B, m); ``log_q`` is log(1 - p)."""
+    """Logarithms of the weights of m worlds, (m, B): long rows, which are quick to sum; ``log_q`` is log(1 - p)."""
     # A choice, not a product with 0 and 1: that would meet 0 times a number that is out of range.
-    return torch.where(models, log_p[:, None], log_q[:, None]).sum(2)
+    return torch.where(models[..., None], log_p.T.contiguous(), log_q.T.contiguous()).sum(1)
 
 
-def _log_count(models: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Logarithm of the weight of all these worlds, (B,)."""
-    if len(models) == 0:
-        return log_p.new_full((len(log_p),), -torch.inf)
-    return torch.logsumexp(_log_weights(models, log_p, log_q), dim=1)
+def _log_count(parts: tuple[Part, ...], log_p: Sequence[Tensor], log_q: Mapping[int, Tensor]) -> Tensor:
+    """Logarithm of the weight of all these parts, (B,)."""
+    weights = []
+    for part in parts:
+        factors = [log_p[i] if true else log_q[i] for i, true in enumerate(part) if true is not None]
+        weights.append(sum(factors[1:], start=factors[0]) if factors else 0 * log_p[0])  # log 1, in the graph
+    return torch.logsumexp(torch.stack(weights), dim=0) if len(weights) > 1 else weights[0]
 
 
-def _masks(structure: Structure, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The worlds of both forms as boolean tensors; each form must have one."""
+def _both_forms(structure: Structure) -> tuple[frozenset[World], frozenset[World]]:
+    """The worlds of both forms; each form must have one."""
     if not isinstance(structure, Structure):
         raise TypeError(f"structure must be a Structure, got {type(structure).__name__}")
-    above, below = structure.models()
-    for name, group in (("formula", above), ("negation", below)):
+    for name, group in (("formula", structure._above), ("negation", structure._below)):
         if not group:
             raise ValueError(
                 f"structure must have satisfiable forms, got no world for its {name}: the ratio is 0 or infinite"
             )
-    return torch.tensor(above, device=device), torch.tensor(below, device=device)
+    return structure._above, structure._below
 
 
 def semantic_log_ratio(structure: Structure, log_probs: Tensor) -> Tensor:
@@ -393,7 +418,8 @@ def semantic_log_ratio(structure: Structure, log_probs: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for a wrong type, shape or range, or a form that no world satisfies.
 
-    Complexity: O(Bmn) time and memory for m worlds in both forms.
+    Complexity: O(Bkn) time and memory for forms of k parts; worlds that differ in one proposition are one part, so that k is at
+    most their number, and 1 for each form of CPO, ORPO and DPO.
 
     Source: Richardson et al., the generalized semantic loss.
 
@@ -402,21 +428,22 @@ def semantic_log_ratio(structure: Structure, log_probs: Tensor) -> Tensor:
         >>> semantic_log_ratio(NAMED["CPO"], log_probs), semantic_log_ratio(NAMED["unCPO"], log_probs)
         (tensor([-0.6931]), tensor([0.3228]))
     """
-    above, below = _masks(structure, log_probs.device if isinstance(log_probs, Tensor) else None)
-    log_p = _log_probs(log_probs, above.shape[1])
-    log_q = log1mexp(log_p)
+    _both_forms(structure)
+    above, below = structure._parts
+    log_p = _log_probs(log_probs, len(structure.variables)).unbind(1)
+    negated = {i for part in above + below for i, true in enumerate(part) if true is False}
+    log_q = {i: log1mexp(log_p[i]) for i in negated}
     return _log_count(above, log_p, log_q) - _log_count(below, log_p, log_q)
 
 
-def _link(log_ratio: Tensor, link: str, beta: float) -> Tensor:
+def _link(log_ratio: Tensor, link: str, beta: float, reduction: str) -> Tensor:
     beta = _checks.positive_number("beta", beta)
+    if link not in LINKS:
+        raise ValueError(f"link must be one of {LINKS}, got {link!r}")
     if link == "logistic":
-        return -F.logsigmoid(beta * log_ratio)
-    if link == "squared":
-        return (log_ratio - 1 / (2 * beta)).square()
-    if link == "hinge":
-        return F.relu(beta - log_ratio)
-    raise ValueError(f"link must be one of {LINKS}, got {link!r}")
+        return robust_dpo.preference_loss(beta * log_ratio, reduction=reduction)
+    target = 1 / (2 * beta) if link == "squared" else beta
+    return robust_dpo.preference_loss(log_ratio, base=link, target=target, reduction=reduction)
 
 
 def preference_loss(
@@ -438,7 +465,7 @@ def preference_loss(
     Raises:
         TypeError, ValueError: for a wrong type, shape, range, link or reduction, or a form that no world satisfies.
 
-    Complexity: O(Bmn) time and memory for m worlds in both forms.
+    Complexity: as :func:`semantic_log_ratio`.
 
     Source: Richardson et al., the generalized semantic loss and its links.
 
@@ -446,7 +473,7 @@ def preference_loss(
         >>> preference_loss(NAMED["CE"], torch.tensor([[0.3, 0.6]]).log())  # -log 0.3
         tensor(1.2040)
     """
-    return _checks.reduced(_link(semantic_log_ratio(structure, log_probs), link, beta), reduction)
+    return _link(semantic_log_ratio(structure, log_probs), link, beta, reduction)
 
 
 def log_ratio_gradient(structure: Structure, log_probs: Tensor) -> Tensor:
@@ -472,14 +499,15 @@ def log_ratio_gradient(structure: Structure, log_probs: Tensor) -> Tensor:
         >>> log_ratio_gradient(NAMED["ORPO"], torch.tensor([[0.5, 0.2]]).log())  # 1 / (1 - p) for both
         tensor([[ 2.0000, -1.2500]])
     """
-    above, below = _masks(structure, log_probs.device if isinstance(log_probs, Tensor) else None)
-    log_p = _log_probs(log_probs, above.shape[1])
+    above, below = _both_forms(structure)
+    log_p = _log_probs(log_probs, len(structure.variables))
     log_q = log1mexp(log_p)
 
-    def lifted(models: Tensor) -> Tensor:
-        """Pr(not X_i | models) / Pr(not X_i)."""
-        posterior = torch.log_softmax(_log_weights(models, log_p, log_q), dim=1)[..., None] - log_q[:, None]
-        return torch.where(models, -torch.inf, posterior).exp().sum(1)
+    def lifted(group: frozenset[World]) -> Tensor:
+        """Pr(not X_i | group) / Pr(not X_i)."""
+        models = torch.tensor(sorted(group), device=log_p.device)
+        posterior = torch.log_softmax(_log_weights(models, log_p, log_q), dim=0)[:, None] - log_q.T
+        return torch.where(models[..., None], -torch.inf, posterior).exp().sum(0).T
 
     return lifted(below) - lifted(above)
 
@@ -510,7 +538,7 @@ def population_loss(
     Raises:
         TypeError, ValueError: as :func:`preference_loss`, or for a preference or a noise rate out of range.
 
-    Complexity: O(Bmn) time and memory for m worlds in both forms.
+    Complexity: twice :func:`semantic_log_ratio`.
 
     Source: derived in the chapter.
 
@@ -627,9 +655,12 @@ LOSSES: Mapping[str, tuple[str, str]] = MappingProxyType(
 """Each named loss as its structure, a key of :data:`NAMED`, and its link, one of :data:`LINKS`."""
 
 
-def _same(names: Sequence[str], *columns: Tensor) -> None:
+def _same(names: Sequence[str], *columns: Tensor) -> list[Tensor]:
+    """The columns, of one shape and dtype and finite, in float32 or wider."""
+    _checks.floating(names[0], columns[0], 1)
     for name, column in zip(names, columns, strict=True):
         _checks.finite(name, _checks.like(name, column, names[0], columns[0], 1))
+    return [_checks.wide(column) for column in columns]
 
 
 def cpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
@@ -639,7 +670,10 @@ def cpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
         log_p_w, log_p_l: log-probabilities of winner and loser, shape ``(B,)``, floating point, finite.
 
     Returns:
-        Shape ``(B,)``.
+        Shape ``(B,)``, float32 or wider.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, shape or range, naming the argument.
 
     Source: Xu et al. 2024 (CPO).
 
@@ -647,7 +681,7 @@ def cpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
         >>> cpo_log_ratio(torch.tensor([-1.0]), torch.tensor([-3.0]))
         tensor([2.])
     """
-    _same(("log_p_w", "log_p_l"), log_p_w, log_p_l)
+    log_p_w, log_p_l = _same(("log_p_w", "log_p_l"), log_p_w, log_p_l)
     return log_p_w - log_p_l
 
 
@@ -658,7 +692,10 @@ def orpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
         log_p_w, log_p_l: log-probabilities of winner and loser, shape ``(B,)``, floating point, finite, below 0.
 
     Returns:
-        Shape ``(B,)``.
+        Shape ``(B,)``, float32 or wider.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, shape or range, naming the argument.
 
     Source: Hong et al. 2024 (ORPO).
 
@@ -666,7 +703,7 @@ def orpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor) -> Tensor:
         >>> orpo_log_ratio(torch.tensor([0.8]).log(), torch.tensor([0.5]).log())  # log(4 / 1)
         tensor([1.3863])
     """
-    _same(("log_p_w", "log_p_l"), log_p_w, log_p_l)
+    log_p_w, log_p_l = _same(("log_p_w", "log_p_l"), log_p_w, log_p_l)
     if _checks.known_false((log_p_w < 0) & (log_p_l < 0)):
         raise ValueError("log_p_w and log_p_l must be below 0")
     return log_p_w - log_p_l - log1mexp(log_p_w) + log1mexp(log_p_l)
@@ -680,7 +717,10 @@ def dpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor, ref_log_p_w: Tensor, ref_log
         ref_log_p_w, ref_log_p_l: those of the reference.
 
     Returns:
-        Shape ``(B,)``.
+        Shape ``(B,)``, float32 or wider.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, shape or range, naming the argument.
 
     Source: Rafailov et al. 2023 (DPO).
 
@@ -689,8 +729,7 @@ def dpo_log_ratio(log_p_w: Tensor, log_p_l: Tensor, ref_log_p_w: Tensor, ref_log
         tensor([1.5000])
     """
     names = ("log_p_w", "log_p_l", "ref_log_p_w", "ref_log_p_l")
-    _same(names, log_p_w, log_p_l, ref_log_p_w, ref_log_p_l)
-    return (log_p_w - log_p_l) - (ref_log_p_w - ref_log_p_l)
+    return robust_dpo.preference_margin(*_same(names, log_p_w, log_p_l, ref_log_p_w, ref_log_p_l), beta=1.0)
 
 
 def simpo_log_ratio(
@@ -706,7 +745,7 @@ def simpo_log_ratio(
         margin: :math:`\gamma`, in units of :math:`\rho`; SimPO's own margin divided by its :math:`\beta`.
 
     Returns:
-        Shape ``(B,)``.
+        Shape ``(B,)``, float32 or wider.
 
     Raises:
         TypeError, ValueError: for a wrong type, shape or length, naming the argument.
@@ -717,7 +756,7 @@ def simpo_log_ratio(
         >>> simpo_log_ratio(*torch.tensor([[-4.0], [-9.0], [4.0], [3.0]]), margin=0.5)
         tensor([1.5000])
     """
-    _same(("log_p_w", "log_p_l"), log_p_w, log_p_l)
+    log_p_w, log_p_l = _same(("log_p_w", "log_p_l"), log_p_w, log_p_l)
     for name, length in (("length_w", length_w), ("length_l", length_l)):
         if not isinstance(length, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(length).__name__}")
@@ -783,7 +822,7 @@ def is_monotone(structure: Structure, *, strict: bool = False) -> bool:
         >>> is_monotone(NAMED["CE"]), is_monotone(NAMED["CE"], strict=True)  # it ignores the loser
         (True, False)
     """
-    _masks(structure, torch.device("cpu"))
+    _both_forms(structure)
     if len(structure.variables) != 2:
         raise ValueError(f"structure must have two variables, winner and loser, got {structure.variables}")
 
@@ -824,7 +863,7 @@ def entailment_graph(structures: Iterable[Structure]) -> "networkx.DiGraph":
         A directed graph without cycles whose nodes are the structures; a path from one to another means :meth:`Structure.entails`.
 
     Raises:
-        ValueError: for structures of different variables, or two that are equivalent.
+        TypeError, ValueError: for what is no structure, structures of different variables, or two that are equivalent.
 
     Complexity: :math:`O(s^2)` comparisons for s structures, and a transitive reduction.
 
@@ -837,9 +876,13 @@ def entailment_graph(structures: Iterable[Structure]) -> "networkx.DiGraph":
     import networkx
 
     structures = list(structures)
+    if not all(isinstance(structure, Structure) for structure in structures):
+        raise TypeError(f"structures must be Structure objects, got {structures}")
     if len({structure.models() for structure in structures}) < len(structures):
         raise ValueError("structures must not hold two that are equivalent")
     graph = networkx.DiGraph()
     graph.add_nodes_from(structures)
     graph.add_edges_from((a, b) for a, b in itertools.permutations(structures, 2) if a.entails(b))
-    return networkx.transitive_reduction(graph)
+    covering = networkx.transitive_reduction(graph)  # its order changes from run to run
+    graph.remove_edges_from([edge for edge in graph.edges if not covering.has_edge(*edge)])
+    return graph

@@ -59,7 +59,7 @@ def run() -> tuple[list[Row], list[Slope]]:
     for name in ("CPO", "ORPO", "DPO"):
         for batch, repeats in ((64, 200), (100_000, 11)):
             ours, peer = in_fresh_process(_against_closed_form, name, batch, repeats)
-            note = bar(ours / peer, 10, "ratio") if batch == 64 else ""
+            note = bar(ours / peer, 3, "ratio")
             rows.append(
                 Row(PART, SLUG, f"preference_loss, {name}", "written by hand", f"B = {batch}", ours, peer, ours / peer, note=note)
             )  # fmt: skip
