@@ -67,13 +67,15 @@ def test_log_probabilities_and_samples(circle):
 
 
 def test_labels_and_the_order_of_six(circle):
-    tokens, mask = circle["labelled"]("rock", 0, False)
+    tokens, mask = circle["labelled"]("rock", 0, False, 6)
     assert tokens.shape == mask.shape == (6, 40, 5) and (mask.sum(2) == 2).all()
     w, l = tokens[0][:, 1:3], tokens[1][:, 1:3]
     assert (tokens[:2, :, 0] == 6).all() and (tokens[2:, :, 2] == 7).all()
     for k, (draft, answer) in enumerate(((l, w), (l, l), (w, w), (w, l)), start=2):
         assert torch.equal(tokens[k][:, :2], draft) and torch.equal(tokens[k][:, 3:], answer)
-    assert not torch.equal(tokens[0], circle["labelled"]("rock", 1, False)[0][0])
+    two, _ = circle["labelled"]("rock", 0, False, 2)
+    assert torch.equal(two, tokens[:2, :, : two.shape[2]]) and two.shape[:2] == (2, 40)
+    assert not torch.equal(tokens[0], circle["labelled"]("rock", 1, False, 6)[0][0])
 
 
 def test_labels_follow_the_judges(circle):
@@ -85,7 +87,7 @@ def test_labels_follow_the_judges(circle):
         assert shares == pytest.approx([0.7, 0.15, 0.15], abs=0.02)
         task_before, circle["task"] = circle["task"], task
         for shuffled, share in ((False, 0.95), (True, 0.5)):
-            tokens, _ = circle["labelled"]("rock", 0, shuffled)
+            tokens, _ = circle["labelled"]("rock", 0, shuffled, 6)
             w, l = tokens[0][:, 1] % 3, tokens[1][:, 1] % 3
             different = w != l
             beats = (w == (l + 1) % 3)[different].double().mean().item()
