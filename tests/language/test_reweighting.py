@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from two_processes import in_two_processes
 
 from lossbook import lab
 from lossbook.language import reweighting as R
@@ -426,46 +425,39 @@ def losses_of(x, theta):
     return (x @ theta).square()
 
 
-def worker(rank, init_file, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+def of_one_process(rank):
     out = {}
+    x, n = (values[rank * ROWS : (rank + 1) * ROWS] for values in data())
+    for strategy in NAMED:
+        theta = torch.ones(DIM, dtype=DOUBLE, requires_grad=True)
+        f = losses_of(x, theta)
+        w = R.sample_weights(f, strategy=strategy, r=0.5, distributed=True)
+        loss = R.reweighted_loss(f, strategy=strategy, r=0.5, distributed=True)
+        loss.backward()
+        out[strategy] = w, loss.detach(), theta.grad
+    theta = torch.ones(DIM, dtype=DOUBLE, requires_grad=True)  # two micro-batches on each process
+    with torch.no_grad():
+        w = R.sample_weights(losses_of(x, theta), r=0.5, distributed=True)
+    parts = [slice(0, 3), slice(3, ROWS)]
+    values = [R.reweighted_loss(losses_of(x[p], theta), weights=w[p], distributed=True) for p in parts]
+    sum(values).backward()
+    out["micro"] = w, sum(values).detach(), theta.grad
+    net = torch.nn.Linear(DIM, 1, bias=False, dtype=DOUBLE)
+    torch.nn.init.ones_(net.weight)
+    model = torch.nn.parallel.DistributedDataParallel(net)
+    R.reweighted_loss(model(x).squeeze(1).square(), r=0.5, distributed=True).backward()
+    out["ddp"] = net.weight.grad[0]
+    out["tokens"] = R.token_weights(w, n, distributed=True)
     try:
-        x, n = (values[rank * ROWS : (rank + 1) * ROWS] for values in data())
-        for strategy in NAMED:
-            theta = torch.ones(DIM, dtype=DOUBLE, requires_grad=True)
-            f = losses_of(x, theta)
-            w = R.sample_weights(f, strategy=strategy, r=0.5, distributed=True)
-            loss = R.reweighted_loss(f, strategy=strategy, r=0.5, distributed=True)
-            loss.backward()
-            out[strategy] = w, loss.detach(), theta.grad
-        theta = torch.ones(DIM, dtype=DOUBLE, requires_grad=True)  # two micro-batches on each process
-        with torch.no_grad():
-            w = R.sample_weights(losses_of(x, theta), r=0.5, distributed=True)
-        parts = [slice(0, 3), slice(3, ROWS)]
-        values = [R.reweighted_loss(losses_of(x[p], theta), weights=w[p], distributed=True) for p in parts]
-        sum(values).backward()
-        out["micro"] = w, sum(values).detach(), theta.grad
-        net = torch.nn.Linear(DIM, 1, bias=False, dtype=DOUBLE)
-        torch.nn.init.ones_(net.weight)
-        model = torch.nn.parallel.DistributedDataParallel(net)
-        R.reweighted_loss(model(x).squeeze(1).square(), r=0.5, distributed=True).backward()
-        out["ddp"] = net.weight.grad[0]
-        out["tokens"] = R.token_weights(w, n, distributed=True)
-        try:
-            R.sample_weights(torch.rand(rank + 1), distributed=True)
-        except ValueError as error:
-            out["error"] = str(error)
-        torch.save(out, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        R.sample_weights(torch.rand(rank + 1), distributed=True)
+    except ValueError as error:
+        out["error"] = str(error)
+    return out
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(worker, args=(folder / "init", str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return in_two_processes(of_one_process, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.parametrize("name", [*NAMED, "micro"])

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from two_processes import in_two_processes
 
 from lossbook.ops import gather, local_rows
 from lossbook.similarity.groco import groco_multi_view_loss
@@ -27,31 +26,24 @@ LOSSES = {
 }
 
 
-def worker(rank, init_file, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+def of_one_process(rank):
     out = {}
+    for name, loss in LOSSES.items():
+        q, k = (x[rank * BATCH : (rank + 1) * BATCH].clone().requires_grad_() for x in batch())
+        value = loss(q, k, True)
+        value.backward()
+        out[name] = value.item(), q.grad, k.grad
+    out["gathered"] = gather(torch.full((2, 1), rank)), local_rows(2)
     try:
-        for name, loss in LOSSES.items():
-            q, k = (x[rank * BATCH : (rank + 1) * BATCH].clone().requires_grad_() for x in batch())
-            value = loss(q, k, True)
-            value.backward()
-            out[name] = value.item(), q.grad, k.grad
-        out["gathered"] = gather(torch.full((2, 1), rank)), local_rows(2)
-        try:
-            gather(torch.zeros(rank + 1))
-        except ValueError as error:
-            out["error"] = str(error)
-        torch.save(out, f"{results}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        gather(torch.zeros(rank + 1))
+    except ValueError as error:
+        out["error"] = str(error)
+    return out
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(worker, args=(folder / "init", str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return in_two_processes(of_one_process, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.parametrize("name", LOSSES)

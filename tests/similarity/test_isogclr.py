@@ -6,12 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from two_processes import in_two_processes
 
 from lossbook.similarity import isogclr as I
 
@@ -421,19 +420,12 @@ def one_step(kind, rows, distributed):
     return loss.item(), first.grad, second.grad, loss_fn.state_dict()
 
 
-def worker(rank, init_file, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
-    try:
-        rows = slice(3 * rank, 3 * rank + 3)
-        torch.save({kind: one_step(kind, rows, True) for kind in KINDS}, f"{results}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def of_one_process(rank):
+    return {kind: one_step(kind, slice(3 * rank, 3 * rank + 3), True) for kind in KINDS}
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(worker, args=(tmp_path / "init", str(tmp_path)), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    results = in_two_processes(of_one_process, tmp_path)
     for kind in KINDS:
         loss, *gradients, state = one_step(kind, slice(None), False)
         losses, *both, states = zip(*(result[kind] for result in results), strict=True)

@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from two_processes import in_two_processes
 
 from lossbook.similarity import tcm as M
 from lossbook.similarity.temperature import simplex_embedding
@@ -718,18 +717,12 @@ def one_step(rows, distributed):
     return loss.item(), x.grad
 
 
-def worker(rank, init_file, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
-    try:
-        torch.save(one_step(slice(8 * rank, 8 * rank + 8), True), f"{results}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def of_one_process(rank):
+    return one_step(slice(8 * rank, 8 * rank + 8), True)
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(worker, args=(tmp_path / "init", str(tmp_path)), nprocs=2)
-    losses, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
+    losses, gradients = zip(*in_two_processes(of_one_process, tmp_path), strict=True)
     loss, gradient = one_step(slice(None), False)
     assert sum(losses) / 2 == pytest.approx(loss, abs=1e-12) and losses[0] != losses[1]
     torch.testing.assert_close(torch.cat(gradients) / 2, gradient, rtol=1e-9, atol=1e-12)
