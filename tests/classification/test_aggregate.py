@@ -207,6 +207,15 @@ def test_gradcheck(loss):
     assert torch.autograd.gradcheck(lambda f: A.bag_loss(f, y, bag, loss=loss), (tied,))
 
 
+def test_gradcheck_of_bags_with_few_of_the_classes():
+    f = torch.randn(3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    bag, y = torch.tensor([0, 1, 0]), torch.zeros(2, 9, dtype=torch.float64)
+    y[0, 2] = y[0, 7] = 0.5
+    y[1, 0] = 1
+    call = lambda f: A.interpolated_loss(f, y, bag, rho=0.3, loss="cross_entropy", reduction="none")
+    assert torch.autograd.gradcheck(call, (f,)) and torch.autograd.gradgradcheck(call, (f,))
+
+
 @pytest.mark.parametrize("level", [A.bag_loss, A.instance_loss])
 def test_float32_extremes(level):
     bag = torch.tensor([0, 0, 1])
@@ -251,6 +260,27 @@ def test_the_log_domain_is_left_only_where_nothing_underflows(loss, scale, dtype
         share = y if y.ndim == 2 else torch.stack([1 - y, y], 1)
         slow = [-(share[i] * p[bag == i].mean(0).log()).sum() for i in range(len(y))]
         torch.testing.assert_close(both[0][0].double(), torch.stack(slow), rtol=rtol, atol=10 * atol)
+
+
+@few
+@given(seeds, st.sampled_from([0, 0.3, 1, 2.5]), st.sampled_from([1.0, 60.0]))
+def test_classes_without_a_share_may_be_left_out(seed, rho, scale):
+    """Bags of few classes among many, of different sizes: the losses and both gradients are those of all classes, one by one."""
+    generator = torch.Generator().manual_seed(seed)
+    bag = torch.cat([torch.arange(4), torch.randint(4, (7,), generator=generator)])[
+        torch.randperm(11, generator=generator)
+    ]
+    f = scale * torch.randn(11, 40, generator=generator, dtype=torch.float64)
+    y = A.bag_mean(F.one_hot(torch.randint(40, (11,), generator=generator), 40).double(), bag)
+    call = lambda f, y: A.interpolated_loss(f, y, bag, rho=rho, loss="cross_entropy", reduction="none")
+    ours, gradient = torch.autograd.functional.vjp(lambda f: call(f, y), f, torch.ones(4, dtype=torch.float64))
+    bags, instances = slow_levels(f.requires_grad_(), y, bag, "cross_entropy")
+    slow = (1 - rho) * bags + rho * instances
+    all_classes = call(f, y.clone().requires_grad_())  # a share with a gradient leaves no class out
+    for other in (slow, all_classes):
+        if scale == 1 or other is all_classes:  # the slow loop underflows
+            torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(gradient, torch.autograd.grad(other.sum(), f)[0], rtol=1e-9, atol=1e-10)
 
 
 def test_gradients_of_small_probabilities_survive_the_scale_of_mixed_precision():

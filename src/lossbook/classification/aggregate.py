@@ -161,10 +161,38 @@ def _levels(prediction: Tensor, response: Tensor, bag: Tensor, sizes: Tensor, lo
         return sum(levels)
     log_p = _log_probabilities(prediction)
     share = torch.stack([1 - response, response], dim=1) if response.ndim == 1 else response
-    if rho != 1:  # the logarithm of the mean
-        levels.append((rho - 1) * (share * _log_mean_exp(log_p, bag, sizes)).sum(1))
-    if rho != 0:  # the mean of the logarithms
-        levels.append(-rho * (share * _sum(log_p, bag, sizes)).sum(1) / sizes)
+    if (held := _held(share, bag)) is None:
+        return (share * _log_levels(log_p, bag, sizes, rho)).sum(1)
+    of, column, instance, pair = held
+    value = share[of, column] * _log_levels(log_p[instance, column[pair]], pair, sizes[of], rho)
+    return value.new_zeros(len(sizes)).index_add(0, of, value)
+
+
+def _held(share: Tensor, bag: Tensor) -> tuple[Tensor, ...] | None:
+    """The pairs of a bag and a class that it has a share of, and for each instance which pairs are its bag's.
+
+    A bag of few members has few classes: the others get no weight, and their probabilities are not needed one by one. None where most
+    classes have a share, where a share has a gradient, and where values cannot be read.
+    """
+    if share.requires_grad:
+        return None
+    number = torch.count_nonzero(share, dim=1)[bag]  # of the pairs of each instance's bag
+    if not _checks.known_false(4 * number.sum() > len(bag) * share.shape[1]):
+        return None
+    of, column = share.nonzero(as_tuple=True)
+    instance = torch.arange(len(bag)).repeat_interleave(number)
+    end = torch.bincount(of, minlength=len(share)).cumsum(0)[bag]  # where the list of its bag's pairs ends
+    pair = torch.arange(len(instance)) + (end - number.cumsum(0))[instance]
+    return of, column, instance, pair
+
+
+def _log_levels(log_p: Tensor, group: Tensor, sizes: Tensor, rho: float) -> Tensor:
+    """Minus ``(1 - rho)`` times the logarithm of the mean probability of each group, minus ``rho`` times the mean of the logarithms."""
+    levels = []
+    if rho != 1:
+        levels.append((rho - 1) * _log_mean_exp(log_p, group, sizes))
+    if rho != 0:
+        levels.append(-rho * _mean(log_p, group, sizes))
     return sum(levels)
 
 
