@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize, special, stats
 from sklearn.metrics import hinge_loss
 
+from lossbook import _blocks
 from lossbook.classification import ensloss as E
 
 seeds = st.integers(0, 2**31)
@@ -246,7 +247,7 @@ def test_drawn_slopes_are_one_function_of_the_margin(seed, lam, knots, floor):
 
 
 @pytest.mark.parametrize("classes", [None, 3])
-def test_the_surrogate_of_a_loss_drawn_first(classes):
+def test_the_surrogate_of_a_loss_drawn_first(classes, monkeypatch):
     torch.manual_seed(0)
     knots, shape = (-1.0, 3.0, 8), (6,) if classes is None else (6, classes)
     logits, draws = (3 * torch.randn(shape, dtype=DOUBLE)).requires_grad_(), torch.randn(8, dtype=DOUBLE)
@@ -257,6 +258,12 @@ def test_the_surrogate_of_a_loss_drawn_first(classes):
     signs = torch.where(margins == logits, 1.0, -1.0)
     torch.testing.assert_close(gradient, signs * E.drawn_slopes(margins, draws, knots=knots) / 6)
     run = lambda: E.ens_loss(logits, target, knots=knots, generator=torch.Generator().manual_seed(3))
+    whole = run()
+    monkeypatch.setattr(_blocks, "_ELEMENTS", 4)  # some rows at a time
+    torch.testing.assert_close(run(), whole)
+    torch.testing.assert_close(
+        torch.autograd.grad(E.ens_loss(logits, target, knots=knots, draws=draws), logits)[0], gradient
+    )
     criterion = E.EnsLoss(knots=knots, generator=torch.Generator().manual_seed(3))
     assert torch.equal(run(), criterion(logits, target))
     first = torch.randn(8, generator=torch.Generator().manual_seed(3), dtype=DOUBLE)

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from lossbook import _blocks
 from lossbook.classification import ldr as L
 
 # The worked example of the chapter: three scores, the true label first, a wrong label last.
@@ -408,7 +409,7 @@ def test_temperature_is_where_the_plain_iteration_ends(seed, lambda_0, alpha, ma
 def test_no_step_passes_the_largest_fixed_point(seed, alpha, steps):
     """After any number of steps the temperature is at or above the point, and at or below that of plain steps."""
     logits, _, _ = draw(seed, rows=3, scale=2.0)
-    lam = L.aldr_temperature(logits, alpha=alpha, max_iter=steps)
+    lam = L.aldr_temperature(logits, alpha=alpha, max_iter=steps, tol=0)
     plain = torch.ones(3, dtype=torch.float64)
     for _ in range(steps):
         plain = L.aldr_temperature_step(logits, plain, alpha=alpha)
@@ -846,6 +847,16 @@ def test_autocast():
     torch.testing.assert_close(L.aldr_kl_loss(out, target, margin=0.1), L.aldr_kl_loss(out.float(), target, margin=0.1))
 
 
+def test_several_labels_for_the_same_scores():
+    logits, target, _ = draw(17, rows=4, classes=5)
+    labels = torch.stack([target, target.roll(1)])
+    for loss in (
+        lambda y: L.ldr_kl_loss(logits, y, lam=0.7, margin=0.1),
+        lambda y: L.aldr_kl_loss(logits, y, margin=0.1),
+    ):
+        torch.testing.assert_close(torch.func.vmap(loss)(labels), torch.stack([loss(y) for y in labels]))
+
+
 def test_layout_and_blocks(monkeypatch):
     logits, target, _ = draw(15, rows=7, classes=6)
     turned = logits.T.contiguous().T
@@ -856,8 +867,13 @@ def test_layout_and_blocks(monkeypatch):
         torch.testing.assert_close(loss(logits, target, reduction="sum"), each.sum())
         torch.testing.assert_close(loss(logits[:1], target[:1]), each[0])
     whole = L.aldr_temperature(logits)
-    monkeypatch.setattr(L, "_CHUNK", 12)  # two rows at a time
+    monkeypatch.setattr(_blocks, "_ELEMENTS", 12)  # two rows at a time
     torch.testing.assert_close(L.aldr_temperature(logits), whole)
+    spared = L.aldr_temperature(logits, target, margin=0.3)
+    torch.testing.assert_close(
+        spared,
+        torch.cat([L.aldr_temperature(x[None], y[None], margin=0.3) for x, y in zip(logits, target, strict=True)]),
+    )
     torch.testing.assert_close(
         L.aldr_temperature_step(logits, whole, smoothing=1e-5),
         torch.cat(

@@ -11,6 +11,7 @@ Notation: a *margin* is :math:`z=yf(x)` with :math:`y\in\{-1,1\}`; the loss is :
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lossbook import _checks
+from lossbook._blocks import by_rows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Derivatives without a loss
@@ -205,18 +207,27 @@ def drawn_slopes(
         raise ValueError(f"draws must have shape ({knots[2]},), one for each knot, got {tuple(draws.shape)}")
     if draws.dtype != margins.dtype:
         raise TypeError(f"draws must have the dtype of margins, {margins.dtype}, got {draws.dtype}")
-    return _drawn(margins.detach(), draws.detach(), knots, box_cox, floor, shift)
+    slope = _drawn(draws.detach(), knots, box_cox, floor, shift)
+    (slopes,) = by_rows(lambda z: (slope(z),), margins.detach().flatten())
+    return slopes.view_as(margins)
 
 
 def _drawn(
-    z: Tensor, draws: Tensor, knots: tuple[float, float, int], box_cox: float, floor: float, shift: float
-) -> Tensor:
+    draws: Tensor, knots: tuple[float, float, int], box_cox: float, floor: float, shift: float
+) -> Callable[[Tensor], Tensor]:
+    """The slope of the drawn loss, a function of the margin."""
     first, last, number = knots
-    at = _sort(-inverse_box_cox(draws, box_cox).clamp(max=-floor)) - shift
-    place = ((z - first) * ((number - 1) / (last - first))).clamp(0, number - 1)
-    left = place.long().clamp(max=number - 2)
-    slopes = torch.lerp(at[left], at[left + 1], place - left)
-    return slopes / z.clamp(min=1) / (z / last).clamp(min=1)
+    left = _sort(-inverse_box_cox(draws, box_cox).clamp(max=-floor)) - shift
+    right = torch.cat([left[1:], left[-1:]])
+
+    def slope(z: Tensor) -> Tensor:
+        place = ((z - first) * ((number - 1) / (last - first))).clamp(0, number - 1)
+        knot = place.int().flatten()  # index_select takes less time than an index with brackets
+        low, high = (at.index_select(0, knot).view_as(z) for at in (left, right))
+        z = z.clamp(min=1)
+        return torch.lerp(low, high, place.frac()) / z / (z / last).clamp(min=1)
+
+    return slope
 
 
 def _check_knots(knots: tuple[float, float, int], box_cox: float, floor: float | None, shift: float) -> None:
@@ -294,18 +305,19 @@ def signed_margins(logits: Tensor, target: Tensor) -> Tensor:
         >>> signed_margins(torch.tensor([[0.2, -1.0, 3.0]]), torch.tensor([2]))
         tensor([[-0.2000,  1.0000,  3.0000]])
     """
+    logits, target = _checked(logits, target)
+    return _sign(logits, target) * logits
+
+
+def _checked(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits in float32 or wider, and the target: classes ``(B,)``, or in the shape of the logits."""
     _checks.finite("logits", _checks.floating("logits", logits))
     if logits.ndim not in (1, 2):
         raise ValueError(f"logits must have shape (B,) or (B, K), got {tuple(logits.shape)}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    wide = _checks.wide(logits)
     if logits.ndim == 2 and logits.shape[1] > 1 and target.ndim == 1:
-        _checks.indices("target", target, logits.shape[1], len(logits))
-        positive = target[:, None] == torch.arange(logits.shape[1], device=target.device)
-        # Where values are not read, the row of a class that does not exist becomes NaN, not silently one of no class.
-        sign = torch.where((target >= 0) & (target < logits.shape[1]), -1.0, torch.nan).to(wide.dtype)
-        return torch.where(positive, wide, sign[:, None] * wide)
+        return _checks.wide(logits), _checks.indices("target", target, logits.shape[1], len(logits))
     if not (target.is_floating_point() or target.dtype in (torch.bool, torch.int64)):
         raise TypeError(f"target must be bool, int64 or floating point, got {target.dtype}")
     if target.ndim == 1 and logits.shape == (len(target), 1):
@@ -317,8 +329,16 @@ def signed_margins(logits: Tensor, target: Tensor) -> Tensor:
     if _checks.known_false((target == 0) | (target == 1)):
         wrong = target[(target != 0) & (target != 1)][0]
         raise ValueError(f"target must hold 0 and 1 only, got {wrong}; labels -1 and 1 become (label + 1) / 2")
-    # Here, too, another label becomes NaN where values are not read.
-    return torch.where(target == 1, wide, torch.where(target == 0, -wide, torch.nan))
+    return _checks.wide(logits), target
+
+
+def _sign(logits: Tensor, target: Tensor) -> Tensor:
+    """1 where the target is 1, or the class is the target, and -1 elsewhere; NaN for a wrong target, where values were not read."""
+    if target.ndim == logits.ndim:
+        return torch.where(target == 1, 1.0, torch.where(target == 0, -1.0, torch.nan)).to(logits.dtype)
+    rest = torch.where((target >= 0) & (target < logits.shape[1]), -1.0, torch.nan).to(logits.dtype)
+    positive = target[:, None] == torch.arange(logits.shape[1], device=target.device)
+    return torch.where(positive, logits.new_ones(()), rest[:, None])
 
 
 def ens_loss(
@@ -381,25 +401,31 @@ def ens_loss(
         _check_knots(knots, box_cox, floor, shift)
         if not tail:
             raise ValueError("tail must be True with knots: without it the loss need not be bounded below")
-    margins = signed_margins(logits, target)
-    z = margins.detach().flatten()
-    count = z.numel() if knots is None else knots[2]
+    logits, target = _checked(logits, target)
+    fixed = logits.detach()
+    count = fixed.numel() if knots is None else knots[2]
     if draws is None:
-        draws = torch.randn(count, dtype=z.dtype, device=z.device, generator=generator)
+        draws = torch.randn(count, dtype=fixed.dtype, device=fixed.device, generator=generator)
     else:
         _checks.finite("draws", _checks.floating("draws", draws))
         if draws.numel() != count:
             per = "logit" if knots is None else "knot"
             raise ValueError(f"draws must have {count} elements, one for each {per}, got {draws.numel()}")
-        if draws.dtype != z.dtype:
-            raise TypeError(f"draws must have the dtype of the margins, {z.dtype}, got {draws.dtype}")
+        if draws.dtype != fixed.dtype:
+            raise TypeError(f"draws must have the dtype of the margins, {fixed.dtype}, got {draws.dtype}")
     draws = draws.detach().flatten()
     if knots is None:
-        slopes = _derivatives(z, draws, box_cox, floor, tail, shift)
+        sign = _sign(fixed, target)
+        weights = sign * _derivatives((sign * fixed).flatten(), draws, box_cox, floor, tail, shift).view_as(sign)
     else:
-        slopes = _drawn(z, draws, knots, box_cox, floor, shift)
-    slopes = slopes.view_as(margins)
-    terms = slopes * margins
+        slope = _drawn(draws, knots, box_cox, floor, shift)
+
+        def weight(fixed: Tensor, target: Tensor) -> tuple[Tensor]:
+            sign = _sign(fixed, target)
+            return (sign * slope(sign * fixed),)
+
+        (weights,) = by_rows(weight, fixed, target)
+    terms = weights * logits
     return _checks.reduced(terms if terms.ndim == 1 else terms.sum(1), reduction)
 
 

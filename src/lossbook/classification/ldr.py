@@ -11,7 +11,7 @@ is :math:`c`, and :math:`v_k=f_k-f_y+c\,\mathbb 1[k\ne y]`. ``lambda_0`` is :mat
 """
 
 import math
-from collections.abc import Callable
+from functools import partial
 from numbers import Real
 
 import torch
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lossbook import _checks
+from lossbook._blocks import by_rows
 
 NORMALIZATIONS = ("softplus_mean", "mean_abs", None)
 _LARGE = 100.0  # above this temperature log(mean(exp)) loses digits, and log1p(mean(expm1)) keeps them
 _TINY = 1e-30  # scores divided by less would overflow; a temperature this small changes the loss by less than 1e-28
 _UNROLLED = 16  # steps of the solver in a compiled graph
-_CHUNK = 2**17  # scores that a solver works on at a time: a block that stays in a CPU's cache
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -40,19 +40,31 @@ def _scores(logits: Tensor) -> Tensor:
     return _checks.wide(logits)
 
 
-def _shifted(scores: Tensor, target: Tensor, margin: float) -> Tensor:
-    r"""The scores with :math:`c` taken off the label's: then :math:`v_k=s_k-s_y` (eq-ldr-shift)."""
-    _checks.indices("target", target, scores.shape[1], len(scores))
-    if not _checks.number("margin", margin, 0):
-        return scores
-    return scores.scatter_add(1, target[:, None], scores.new_full((len(target), 1), -margin))
-
-
-def _spared(scores: Tensor, target: Tensor | None, margin: float) -> Tensor:
-    """:func:`_shifted` without gradient, for a temperature: without a margin it needs no target."""
-    if _checks.number("margin", margin, 0) and target is None:
+def _margin(scores: Tensor, target: Tensor | None, margin: float, *, needs_target: bool = True) -> float:
+    """``margin`` as a float, if it is at least 0 and the target holds a class for each row; without a margin there may be no target."""
+    margin = _checks.number("margin", margin, 0)
+    if needs_target or target is not None:
+        _checks.indices("target", target, scores.shape[1], len(scores))
+    elif margin:
         raise ValueError("target must be given with margin > 0: the margin spares the label's class")
-    return scores.detach() if target is None else _shifted(scores.detach(), target, margin)
+    return margin
+
+
+def _shifted(scores: Tensor, target: Tensor | None, margin: float) -> Tensor:
+    r"""The scores with :math:`c` taken off the label's: then :math:`v_k=s_k-s_y` (eq-ldr-shift)."""
+    return scores.scatter_add(1, target[:, None], scores.new_full((len(target), 1), -margin)) if margin else scores
+
+
+def _tempered(scores: Tensor, target: Tensor, lam: float | Tensor, margin: float) -> Tensor:
+    """:func:`_shifted` over the temperature, in one new tensor where that can be."""
+    tempered = scores / _column(lam)
+    if not margin:
+        return tempered
+    shift = scores.new_full((len(target), 1), -margin) / _column(lam)
+    try:
+        return tempered.scatter_add_(1, target[:, None], shift)
+    except RuntimeError:  # under vmap, several labels for the same scores
+        return tempered.scatter_add(1, target[:, None], shift)
 
 
 def _temperature(lam: float | Tensor, rows: int) -> float | Tensor:
@@ -129,11 +141,13 @@ def _normalized(scores: Tensor, method: str | None) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _interior(scores: Tensor, target: Tensor, lam: float | Tensor, large: bool) -> Tensor:
-    r""":math:`\lambda\log\frac1K\sum_ke^{(s_k-s_y)/\lambda}` by row, :math:`0<\lambda<\infty`; ``large`` keeps the digits of a large one."""
+def _interior(scores: Tensor, target: Tensor, lam: float | Tensor, margin: float, large: bool) -> Tensor:
+    r""":math:`\lambda\log\frac1K\sum_ke^{v_k/\lambda}` by row, :math:`0<\lambda<\infty`; ``large`` keeps the digits of a large one."""
     if not large:
-        cross_entropy = F.cross_entropy(scores / _column(lam), target, ignore_index=_checks.NO_CLASS, reduction="none")
+        tempered = _tempered(scores, target, lam, margin)
+        cross_entropy = F.cross_entropy(tempered, target, ignore_index=_checks.NO_CLASS, reduction="none")
         return lam * (cross_entropy - math.log(scores.shape[1]))
+    scores = _shifted(scores, target, margin)
     largest = scores.amax(1, keepdim=True)
     below = (scores - largest) / _column(lam)
     mean = torch.expm1(below).mean(1)  # near 0 if nearly all classes count, near 1/K - 1 if one does
@@ -181,16 +195,17 @@ def ldr_kl_loss(
         (tensor(1.3090), tensor(2.), tensor(1.))
     """
     scores = _normalized(_scores(logits), _known("normalization", normalization))
-    scores = _shifted(scores, target, margin)
+    margin = _margin(scores, target, margin)
     lam = _temperature(lam, len(scores))
+    if not isinstance(lam, Tensor) and 0 < lam < math.inf:
+        return _checks.reduced(_interior(scores, target, max(lam, _TINY), margin, lam > _LARGE), reduction)
+    shifted = _shifted(scores, target, margin)
+    label = shifted.gather(1, target[:, None]).squeeze(1)
     if not isinstance(lam, Tensor):
-        if 0 < lam < math.inf:
-            return _checks.reduced(_interior(scores, target, max(lam, _TINY), lam > _LARGE), reduction)
-        worst = scores.amax(1) if lam == 0 else scores.mean(1)
-        return _checks.reduced(worst - scores.gather(1, target[:, None]).squeeze(1), reduction)
+        return _checks.reduced((shifted.amax(1) if lam == 0 else shifted.mean(1)) - label, reduction)
     inner = torch.where((lam > 0) & (lam < math.inf), lam, 1).clamp(min=_TINY)
-    small, large = (_interior(scores, target, inner, large) for large in (False, True))
-    limit = torch.where(lam == 0, scores.amax(1), scores.mean(1)) - scores.gather(1, target[:, None]).squeeze(1)
+    small, large = (_interior(scores, target, inner, margin, large) for large in (False, True))
+    limit = torch.where(lam == 0, shifted.amax(1), shifted.mean(1)) - label
     loss = torch.where((lam > 0) & (lam < math.inf), torch.where(inner > _LARGE, large, small), limit)
     return _checks.reduced(loss, reduction)
 
@@ -218,7 +233,8 @@ def ldr_kl_weights(logits: Tensor, target: Tensor, *, lam: float | Tensor = 1.0,
         >>> ldr_kl_weights(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([2]))
         tensor([[0.6652, 0.2447, 0.0900]])
     """
-    scores = _shifted(_scores(logits), target, margin)
+    scores = _scores(logits)
+    scores = _shifted(scores, target, _margin(scores, target, margin))
     lam = torch.as_tensor(_temperature(lam, len(scores)), dtype=scores.dtype, device=scores.device).expand(len(scores))
     best = (scores == scores.amax(1, keepdim=True)).to(scores.dtype)
     inner = torch.where((lam > 0) & (lam < math.inf), lam, 1).clamp(min=_TINY)
@@ -231,18 +247,17 @@ def ldr_kl_weights(logits: Tensor, target: Tensor, *, lam: float | Tensor = 1.0,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _by_rows(function: Callable[..., tuple[Tensor, ...]], scores: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-    """``function`` of blocks of rows that fit a CPU's cache; of all rows at once elsewhere, and in a compiled graph."""
-    if torch.compiler.is_compiling() or scores.device.type != "cpu":
-        return function(scores, *more)
-    rows = max(1, _CHUNK // scores.shape[1])
-    blocks = zip(*(x.split(rows) for x in (scores, *more)), strict=True)
-    return tuple(torch.cat(parts) for parts in zip(*(function(*block) for block in blocks), strict=True))
-
-
-def _divergence(scores: Tensor, largest: Tensor, lam: Tensor, variance: bool = True) -> tuple[Tensor, ...]:
+def _divergence(
+    scores: Tensor,
+    largest: Tensor,
+    lam: Tensor,
+    target: Tensor | None = None,
+    *,
+    margin: float = 0.0,
+    variance: bool = True,
+) -> tuple[Tensor, ...]:
     r""":math:`\mathrm{KL}(p_\lambda)` and, if asked for, :math:`\mathrm{Var}_{p_\lambda}(\log p_\lambda)` by row; ``largest`` is each row's maximum."""
-    below = (scores - largest[:, None]) / lam[:, None]
+    below = _tempered(scores - largest[:, None], target, lam, margin)
     weight = below.exp()
     total = weight.sum(1)
     mean = weight.mul_(below).sum(1) / total
@@ -289,22 +304,32 @@ def aldr_temperature_step(
         tensor([0.9056])
     """
     lambda_0, alpha = _strength(lambda_0, alpha)
-    scores = _spared(_scores(logits), target, margin)
+    scores = _scores(logits).detach()
+    margin = _margin(scores, target, margin, needs_target=False)
     _checks.temperature(_checks.floating("temperature", temperature, 1), len(scores))
-    return _step(scores, temperature, lambda_0, alpha, _checks.number("smoothing", smoothing, 0))
+    return _step(scores, target, margin, temperature, lambda_0, alpha, _checks.number("smoothing", smoothing, 0))
 
 
 @torch.no_grad()
-def _step(scores: Tensor, temperature: Tensor, lambda_0: float, alpha: float, smoothing: float) -> Tensor:
+def _step(
+    scores: Tensor,
+    target: Tensor | None,
+    margin: float,
+    temperature: Tensor,
+    lambda_0: float,
+    alpha: float,
+    smoothing: float,
+) -> Tensor:
     num_classes = scores.shape[1]
 
-    def divergence(block: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
+    def divergence(block: Tensor, lam: Tensor, label: Tensor | None = None) -> tuple[Tensor, ...]:
         if not smoothing:
-            return _divergence(block, block.amax(1), lam, variance=False)
-        p = (torch.softmax(block / lam[:, None], 1) + smoothing).div_(1 + num_classes * smoothing)
+            largest = _shifted(block, label, margin).amax(1)
+            return _divergence(block, largest, lam, label, margin=margin, variance=False)
+        p = (torch.softmax(_tempered(block, label, lam, margin), 1) + smoothing).div_(1 + num_classes * smoothing)
         return (math.log(num_classes) + p.log().mul_(p).sum(1),)
 
-    (kl,) = _by_rows(divergence, scores, temperature.to(scores.dtype))
+    (kl,) = by_rows(divergence, scores, temperature.to(scores.dtype), *([target] if margin else []))
     kl = kl.clamp(0, math.log(num_classes))
     return lambda_0 - lambda_0 / (alpha * math.log(num_classes)) * kl
 
@@ -352,24 +377,40 @@ def aldr_temperature(
         tensor([0.8836], dtype=torch.float64)
     """
     lambda_0, alpha = _strength(lambda_0, alpha)
-    scores = _spared(_scores(logits), target, margin)
-    return _solve(scores, lambda_0, alpha, _checks.positive_int("max_iter", max_iter), _checks.number("tol", tol, 0))
+    scores = _scores(logits).detach()
+    margin = _margin(scores, target, margin, needs_target=False)
+    max_iter, tol = _checks.positive_int("max_iter", max_iter), _checks.number("tol", tol, 0)
+    return _solve(scores, target, margin, lambda_0, alpha, max_iter, tol)
 
 
 @torch.no_grad()
-def _solve(scores: Tensor, lambda_0: float, alpha: float, max_iter: int = 2000, tol: float = 1e-10) -> Tensor:
+def _solve(
+    scores: Tensor,
+    target: Tensor | None,
+    margin: float,
+    lambda_0: float,
+    alpha: float,
+    max_iter: int = 2000,
+    tol: float = 1e-10,
+) -> Tensor:
     tol = lambda_0 * max(tol, 16 * torch.finfo(scores.dtype).eps)
     budget = alpha * math.log(scores.shape[1])  # the strength of the pull, times lambda_0
     floor = lambda_0 * (1 - 1 / alpha)
     step_of = _bracketed if alpha > aldr_critical_alpha(scores.shape[1]) else _shortened
 
-    largest, smallest = _by_rows(lambda block: (block.amax(1), block.amin(1)), scores)
+    def extremes(block: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        block = _shifted(block, label, margin)
+        return block.amax(1), block.amin(1)
+
+    divergence = partial(_divergence, margin=margin)
+    labels = [target] if margin else []
+    largest, smallest = by_rows(extremes, scores, *labels)
     spread = largest - smallest
     lam = torch.full_like(spread, lambda_0)
     state = torch.full_like(spread, floor), lam, lam - floor
     last, fast = torch.zeros_like(lam), False
     for number in range(1, max_iter + 1):
-        kl, variance = _by_rows(_divergence, scores, largest, lam)
+        kl, variance = by_rows(divergence, scores, largest, lam, *labels)
         fall = lam - lambda_0 * (1 - kl / budget)  # h = lam - T(lam), what a plain step falls
         slope = variance * lambda_0 / (budget * lam)  # T'(lam)
         new, state = step_of(lam, fall, slope, spread, state, tol)
@@ -499,20 +540,22 @@ def aldr_kl_loss(
     """
     lambda_0, alpha = _strength(lambda_0, alpha)
     scores = _normalized(_scores(logits), _known("normalization", normalization))
-    scores = _shifted(scores, target, margin)
+    margin = _margin(scores, target, margin)
     if temperature is None:
-        temperature = _solve(scores, lambda_0, alpha)
+        temperature = _solve(scores.detach(), target, margin, lambda_0, alpha)
     else:
         temperature = _checks.temperature(temperature, len(scores))
-    return _checks.reduced(_aldr(scores, target, lambda_0, alpha, temperature), reduction)
+    return _checks.reduced(_aldr(scores, target, margin, lambda_0, alpha, temperature), reduction)
 
 
-def _aldr(scores: Tensor, target: Tensor, lambda_0: float, alpha: float, temperature: float | Tensor) -> Tensor:
+def _aldr(
+    scores: Tensor, target: Tensor, margin: float, lambda_0: float, alpha: float, temperature: float | Tensor
+) -> Tensor:
     large = (lambda_0 if isinstance(temperature, Tensor) else temperature) > _LARGE
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(scores.dtype)
     price = alpha * math.log(scores.shape[1]) / (2 * lambda_0) * (temperature - lambda_0) ** 2
-    return _interior(scores, target, temperature, large) - price
+    return _interior(scores, target, temperature, margin, large) - price
 
 
 class ALDRKLLoss(nn.Module):
@@ -598,13 +641,16 @@ class ALDRKLLoss(nn.Module):
         scores = _normalized(_scores(logits), self.normalization)
         if len(index) != len(scores):
             raise ValueError(f"index must have shape ({len(scores)},), one for each row, got {tuple(index.shape)}")
-        shifted = _shifted(scores, target, self.margin)
+        _checks.indices("target", target, scores.shape[1], len(scores))
         temperature = self.temperature[index]
         if self.training:
-            seen = (shifted if self.margin_in_update else scores).detach()
-            temperature = _step(seen, temperature, self.lambda_0, self.alpha, self.smoothing)
+            margin = self.margin if self.margin_in_update else 0.0
+            seen = scores.detach(), target, margin, temperature
+            temperature = _step(*seen, self.lambda_0, self.alpha, self.smoothing)
             self.temperature[index] = temperature.to(self.temperature.dtype)
-        return _checks.reduced(_aldr(shifted, target, self.lambda_0, self.alpha, temperature), self.reduction)
+        return _checks.reduced(
+            _aldr(scores, target, self.margin, self.lambda_0, self.alpha, temperature), self.reduction
+        )
 
     def extra_repr(self) -> str:
         return f"num_samples={len(self.temperature)}, lambda_0={self.lambda_0:g}, alpha={self.alpha:g}, margin={self.margin:g}"
