@@ -63,6 +63,23 @@ FIGURE_CONTRASTS = """() => {
     });
 }"""
 
+# Titles and legends that run into each other, or over the edge of their figure, once the figures fit the window.
+COLLISIONS = """async () => {
+    const plots = [...document.querySelectorAll(".lossbook-plot")].filter((plot) => plot.offsetWidth);
+    const fits = (plot) => plot.querySelector(".main-svg").getBoundingClientRect().width <= plot.clientWidth + 1;
+    for (let i = 0; i < 250 && !plots.every(fits); i++) await new Promise((go) => setTimeout(go, 20));
+    return plots.flatMap((plot) => {
+        const frame = plot.getBoundingClientRect();
+        const texts = [...plot.querySelectorAll(".infolayer text")].filter((text) => text.getBoundingClientRect().width > 2);
+        const boxes = texts.map((text) => [text.textContent, text.getBoundingClientRect()]);
+        const cut = boxes.filter(([, box]) => box.left < frame.left - 3 || box.right > frame.right + 3);
+        const over = boxes.flatMap(([one, a], i) => boxes.slice(i + 1).filter(([, b]) =>
+            Math.min(a.right, b.right) - Math.max(a.left, b.left) > 3 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4
+        ).map(([other]) => `${one} | ${other}`));
+        return [...cut.map(([text]) => `${text} |`), ...over];
+    });
+}"""
+
 
 @dataclass
 class Visit:
@@ -76,6 +93,7 @@ class Visit:
     contrasts: dict = field(default_factory=dict)
     axe: dict = field(default_factory=dict)
     widths: dict = field(default_factory=dict)
+    collisions: list = field(default_factory=list)
 
 
 def _violations(page) -> list[str]:
@@ -114,6 +132,7 @@ def _visit(page, site: str, name: str) -> Visit:
     visit.still = page.evaluate(MOVE_SLIDERS)
     page.set_viewport_size({"width": 390, "height": 844})
     visit.widths = page.evaluate("({page: document.documentElement.scrollWidth, window: innerWidth})")
+    visit.collisions = page.evaluate(COLLISIONS)
     page.set_viewport_size({"width": 1280, "height": 800})
     page.evaluate(THIN_OUT)
     visit.axe["light"] = _violations(page)
@@ -197,6 +216,10 @@ def test_phone_has_no_sideways_scroll(visits):
     assert (
         _complaints(visits, lambda visit: [visit.widths] if visit.widths["page"] > visit.widths["window"] else []) == ""
     )
+
+
+def test_phone_shows_titles_and_legends_apart_and_whole(visits):
+    assert _complaints(visits, lambda visit: visit.collisions) == ""
 
 
 @pytest.fixture
