@@ -239,6 +239,13 @@ def test_norms_are_corrected():
     assert S.nngp_kernel(X * 1.000005, X, dual=Dual.optimal(2), depth=6).diagonal().min() > 1 - 1e-12
 
 
+def test_the_gradient_lies_in_the_sphere():
+    """The kernel does not see the norm of a row, so that its gradient is at right angles to the row."""
+    X = sphere(5, 3, 0).requires_grad_()
+    (gradient,) = torch.autograd.grad(S.nngp_kernel(X, sphere(4, 3, 1), dual=Dual.optimal(2), depth=2).sum(), X)
+    assert gradient.norm(dim=1).min() > 0.1 and (gradient * X).sum(1).abs().max() < 1e-12
+
+
 def test_underflow():
     X, Y = with_cosine([0.3, 0.9])
     log = S.nngp_kernel(X, Y, dual=Dual.optimal(20), depth=200, log=True)
@@ -257,9 +264,12 @@ def test_underflow():
 
 def test_underflow_and_overflow_of_the_tangent_kernel():
     X, Y = with_cosine([0.3, 0.9, 1.0])
-    squares = S.ntk_kernel(X, Y, dual=NEAREST, depth=100, log=True)  # (2^(L+1) - 1) xi^(2^L)
-    wanted = 2.0**100 * torch.tensor([[0.3, 0.9, 1.0]], dtype=D).log() + math.log(2.0**101 - 1)
-    torch.testing.assert_close(squares, wanted, rtol=1e-12, atol=0)
+    # (2^(L+1) - 1) xi^(2^L); with 100 layers the power hides the factor, with 12 it does not, and xi^(2^11) is zero
+    for depth in (12, 100):
+        squares = S.ntk_kernel(X, Y, dual=NEAREST, depth=depth, log=True)
+        factor = math.log(2.0 ** (depth + 1) - 1)
+        wanted = 2.0**depth * torch.tensor([[0.3, 0.9, 1.0]], dtype=D).log() + factor
+        torch.testing.assert_close(squares, wanted, rtol=1e-12, atol=0)
     a, xi = 2.0**-10, Decimal(0.3)
     getcontext().prec = 60
     w, kernel = [Decimal(c) for c in (0, a, 1 - 2 * a, a)], xi
