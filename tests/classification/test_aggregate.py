@@ -409,6 +409,15 @@ def test_least_norm_where_the_fit_is_not_unique():
     assert flat.coef_.tolist() == [0, 0] and flat.intercept_.item() == 1.5
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+def test_equal_features_share_their_weight(rho):
+    """Of all fits the one of least norm: no direction that the data leave open gets a share of the rounding."""
+    X, response, bag = regression(11, bags=20, size=2, d=3)
+    one = A.InterpolatedLeastSquares(rho).fit(X, response, bag).coef_
+    both = A.InterpolatedLeastSquares(rho).fit(torch.cat([X, X[:, :1]], 1), response, bag).coef_
+    torch.testing.assert_close(both, torch.stack([one[0] / 2, one[1], one[2], one[0] / 2]), rtol=0, atol=1e-10)
+
+
 def test_nearly_equal_features_are_still_told_apart():
     X, _, bag = regression(11, bags=20, size=2, d=3)
     X[:, 1] = X[:, 0] + 1e-6 * X[:, 1]

@@ -28,9 +28,9 @@ def test_full_profile(monkeypatch):
     monkeypatch.setattr(datasets, "fetch_california_housing", small_table)
     monkeypatch.setattr(lab, "load_mnist", few_images)
     sizes = dict(
-        dim=20, draws=3, private_draws=2, train=200, bags=(4, 10), splits=2, network_bags=(4, 10), widths=(16,),
+        dim=20, draws=3, private_draws=range(2), train=200, bags=(4, 10), splits=2, network_bags=(4, 10), widths=(16,),
         table_epochs=2, table_batch=40, image_train=160, image_bags=(4, 16), image_widths=(16,), image_epochs=2,
-        image_batch=32, seeds=range(2), image_seeds=range(2),
+        image_batch=32, seeds=range(2), fresh=range(2), image_seeds=range(2),
     )  # fmt: skip
     names = run_full("classification/aggregate", monkeypatch, until="private_table", sizes=sizes)
     linear = names["linear_results"]

@@ -497,7 +497,8 @@ def test_interpolating_loss_has_every_property(seed, source):
         margins = margins.abs() + 0.01 if source == "one side" and seed % 2 else margins
         margins = -margins.abs() if source == "one side" and not seed % 2 else margins
         g = torch.zeros_like(margins).scatter(0, margins.argsort(), draws.sort().values)
-        g = torch.where(margins <= 0, g.minimum(-torch.rand(1).double() - 0.01), g)
+        top = -0.01 - torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+        g = torch.where(margins <= 0, g.minimum(top), g)
     if not E.is_calibrated_vector(margins, g):
         return
     phi = E.interpolating_loss(margins, g)

@@ -197,6 +197,13 @@ def test_float32_with_large_offset_numpy_and_slices():
         torch.testing.assert_close(model.predict_log_proba(X), N.GaussianNaiveBayes().fit(X, y).predict_log_proba(X))
 
 
+@pytest.mark.parametrize("rows", [1, 512, 513, 1300])
+def test_rows_are_predicted_in_blocks(rows):
+    X, y = table(6, m=1300, offset=1e4)
+    model = N.GaussianNaiveBayes().fit(X, y)
+    assert torch.equal(model.predict(X[:rows]), model.predict_log_proba(X[:rows]).argmax(1))
+
+
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_extreme_float32(scale):
     X, y = table(7, dtype=torch.float32)

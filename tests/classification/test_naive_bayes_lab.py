@@ -52,7 +52,7 @@ def test_full_profile_evaluates_backbones(monkeypatch, torchvision):
         torchvision.models, "get_model", lambda name, weights: asked.append((name, weights)) or Colors()
     )
     monkeypatch.setattr(torch.hub, "load", lambda where, name: asked.append((where, name)) or Colors())
-    sizes = dict(labels=(20, 40, 60), held_out=(20, 30), splits=2, seeds=range(2))
+    sizes = dict(labels=(20, 40, 60), held_out=(20, 30), splits=2, seeds=range(2), tumor_seeds=range(2))
     names = run_full("classification/naive_bayes", monkeypatch, until="networks", sizes=sizes, change=only_networks)
     assert asked == [("resnet50", "DEFAULT"), ("facebookresearch/dino:main", "dino_resnet50")]
     assert set(names["networks"]) == {(name, seed) for name in names["size"]["networks"] for seed in (0, 1)}

@@ -239,6 +239,13 @@ def test_norms_are_corrected():
     assert S.nngp_kernel(X * 1.000005, X, dual=Dual.optimal(2), depth=6).diagonal().min() > 1 - 1e-12
 
 
+def test_the_gradient_lies_in_the_sphere():
+    """The kernel does not see the norm of a row, so that its gradient is at right angles to the row."""
+    X = sphere(5, 3, 0).requires_grad_()
+    (gradient,) = torch.autograd.grad(S.nngp_kernel(X, sphere(4, 3, 1), dual=Dual.optimal(2), depth=2).sum(), X)
+    assert gradient.norm(dim=1).min() > 0.1 and (gradient * X).sum(1).abs().max() < 1e-12
+
+
 def test_underflow():
     X, Y = with_cosine([0.3, 0.9])
     log = S.nngp_kernel(X, Y, dual=Dual.optimal(20), depth=200, log=True)
@@ -257,9 +264,12 @@ def test_underflow():
 
 def test_underflow_and_overflow_of_the_tangent_kernel():
     X, Y = with_cosine([0.3, 0.9, 1.0])
-    squares = S.ntk_kernel(X, Y, dual=NEAREST, depth=100, log=True)  # (2^(L+1) - 1) xi^(2^L)
-    wanted = 2.0**100 * torch.tensor([[0.3, 0.9, 1.0]], dtype=D).log() + math.log(2.0**101 - 1)
-    torch.testing.assert_close(squares, wanted, rtol=1e-12, atol=0)
+    # (2^(L+1) - 1) xi^(2^L); with 100 layers the power hides the factor, with 12 it does not, and xi^(2^11) is zero
+    for depth in (12, 100):
+        squares = S.ntk_kernel(X, Y, dual=NEAREST, depth=depth, log=True)
+        factor = math.log(2.0 ** (depth + 1) - 1)
+        wanted = 2.0**depth * torch.tensor([[0.3, 0.9, 1.0]], dtype=D).log() + factor
+        torch.testing.assert_close(squares, wanted, rtol=1e-12, atol=0)
     a, xi = 2.0**-10, Decimal(0.3)
     getcontext().prec = 60
     w, kernel = [Decimal(c) for c in (0, a, 1 - 2 * a, a)], xi
@@ -491,6 +501,24 @@ def test_deep_tangent_classifiers_whose_kernel_underflows():
     for kernel, depth in (("nngp", 1022), ("ntk", 1015)):  # where even the logarithm overflows
         with pytest.raises(ValueError, match="depth"):
             S.DeepKernelClassifier(NEAREST, depth, kernel).fit(X, y).predict(Z)
+
+
+def test_a_classifier_so_deep_that_its_diagonal_overflows():
+    X, y, Z, _z = data(n=40, tests=200)
+    assert torch.isinf(S.ntk_kernel(X[:1], X[:1], dual=Dual.optimal(2), depth=1200)).all()
+    for dual in (Dual.optimal(2), MAJORITY):
+        deep, deeper = (S.DeepKernelClassifier(dual, depth).fit(X, y) for depth in (500, 1200))
+        torch.testing.assert_close(deep.coefficients_, deeper.coefficients_)  # by then the matrix is the identity
+        assert torch.equal(deep.predict(X), y) and torch.equal(deeper.predict(X), y)
+    limit = S.SingularKernelClassifier(dimension=2).fit(X, y).predict(Z)
+    assert agreement(S.DeepKernelClassifier(Dual.optimal(2), 1200).fit(X, y).predict(Z), limit) > 0.98
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+def test_training_points_are_found_again_at_any_depth(dtype):
+    X = sphere(300, 5, 3, dtype)
+    y = torch.randint(2, (300,), generator=torch.Generator().manual_seed(4))
+    assert torch.equal(S.DeepKernelClassifier(MAJORITY, 1200, "nngp").fit(X, y).predict(X), y)
 
 
 @pytest.mark.parametrize("d", [2, 4])
@@ -768,7 +796,6 @@ X0, Y0, OPTIMAL = sphere(4, 3, 0), torch.tensor([1, -1, 1, 1]), Dual.optimal(2)
         ],
         (lambda: S.DeepKernelClassifier(OPTIMAL, -1), "depth"),
         (lambda: S.DeepKernelClassifier(OPTIMAL, 1, "rbf"), "kernel"),
-        (lambda: S.DeepKernelClassifier(OPTIMAL, 2000).fit(X0, Y0), "depth"),
         (lambda: S.dirichlet_sphere(0, **DIRICHLET), "n must"),
         (lambda: S.dirichlet_sphere(3, alpha_pos=[1, 2], alpha_neg=[1, 2, 3]), "alpha_neg"),
         (lambda: S.dirichlet_sphere(3, alpha_pos=[1, 0], alpha_neg=[1, 2]), "alpha_pos"),

@@ -585,6 +585,9 @@ def test_state_dict_round_trip_and_no_parameters():
     layer._limit = 1e-13  # learned
     other.load_state_dict(layer.state_dict())
     assert other._limit == 1e-13 and other._steps == layer._steps == 13
+    other = Z.SphericalOutput(31, 500, dtype=torch.float64, tolerance=1e-14)
+    other.load_state_dict(layer.state_dict())
+    assert other._limit == 1e-14  # never above the layer's own tolerance
 
 
 def test_loading_a_wider_layer_and_dropping_the_batch():
@@ -595,6 +598,7 @@ def test_loading_a_wider_layer_and_dropping_the_batch():
     narrow.load_state_dict(layer.state_dict())
     torch.testing.assert_close(narrow.weight.double(), layer.weight, rtol=1e-6, atol=1e-6)
     assert narrow.gram_error() < 1e-14
+    assert narrow._limit == narrow.tolerance  # a limit of float64 would call for a refactorization at every step
     with pytest.raises(RuntimeError, match="backward"):
         narrow.step(1.0)
 

@@ -274,12 +274,14 @@ def _is_dual(dual: DualActivation) -> DualActivation:
 
 
 def _unit_rows(name: str, X: Tensor) -> Tensor:
-    """Rows in float64 and of norm 1 to the last digit, if they have norm 1 within 1e-5."""
+    """Rows in float64 and of norm 1 to the last digits, if they have norm 1 within 1e-5; a second time nothing changes."""
     X = _checks.finite(name, _checks.floating(name, X, 2)).double()
     norms = X.norm(dim=1, keepdim=True)
     if _checks.known_false((norms - 1).abs() < 1e-5):
         raise ValueError(f"{name} must have rows of norm 1, got norms {norms.min():.6g} to {norms.max():.6g}")
-    return X / norms
+    # Rows of fit come here twice, and if the last digit changed, a deep kernel would take them for other points. A norm
+    # of 1 up to rounding is set to 1; its gradient stays.
+    return X / torch.where((norms - 1).abs() < 1e-14, norms - norms.detach() + 1, norms)
 
 
 def _half_squares(name: str, X1: Tensor, X2: Tensor) -> Tensor:
@@ -658,11 +660,13 @@ class DeepKernelClassifier(_Votes):
         xi, u = _pairs("X", self.X_, "X", self.X_)
         if bool(((u == 0) & (self._index[:, None] != self._index)).any()):
             raise ValueError("X must not have equal rows with different labels: the kernel matrix is singular")
-        matrix = _kernel(xi, u, self.dual, self.depth, self.kernel == "ntk")
+        tangent = self.kernel == "ntk"
+        matrix = _kernel(xi, u, self.dual, self.depth, tangent)
         # The diagonal is the same for all points: without it the entries lie in [0, 1].
         matrix = matrix / matrix[0, 0]
-        if not bool(torch.isfinite(matrix).all()):
-            raise ValueError(f"depth must be small enough for the kernel's diagonal to be finite, got {self.depth}")
+        if not bool(torch.isfinite(matrix).all()):  # the diagonal of a deep tangent kernel overflows
+            logs = _log_kernel(xi, u, self.dual, self.depth, tangent)
+            matrix = (logs - logs[0, 0]).exp()
         self.coefficients_ = torch.linalg.pinv(matrix, rtol=1e-12, hermitian=True) @ one_hot
         return self
 

@@ -669,6 +669,7 @@ class SphericalOutput(nn.Module):
         self._batch = None
         if f"{prefix}V" in state_dict and state_dict[f"{prefix}V"].dtype != self.V.dtype:
             self.refactor()  # V has been rounded; Q and the column sums have not
+            self._set_tolerance()  # what was learned about the writes of one dtype says nothing about the other's
 
     def _apply(self, fn, recurse=True):
         """Move and cast as every module does, but keep all except V in float64; a narrower V is summed anew."""
