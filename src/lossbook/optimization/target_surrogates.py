@@ -827,7 +827,8 @@ class SSO(_Counting):
             current = _anchored("outputs", outputs, "the anchor", anchor)
             slope = grad + (current - anchor) / eta
             found = self._directions(outputs, slope / len(slope))
-            surrogate = functools.partial(target_surrogate, anchor_outputs=current, anchor_grad=slope, eta=eta)
+            # A copy, because a model may return its parameters themselves, and these move.
+            surrogate = functools.partial(target_surrogate, anchor_outputs=current.clone(), anchor_grad=slope, eta=eta)
             if not self._inner_step(found, functools.partial(self._value, forward, surrogate), shared):
                 break
         return losses.mean()
