@@ -106,6 +106,12 @@ def test_gradient_is_each_samples_own(kind):
         assert torch.equal(T.target_gradient(LOSSES[kind][0], forward(), y), grad)
 
 
+def test_gradient_of_outputs_without_autograd():
+    with torch.inference_mode():
+        z = torch.tensor([3.0, 5.0])
+    assert T.target_gradient(T.squared_losses, z, torch.zeros(2)).tolist() == [3, 5]
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=seeds, scale=st.floats(0.01, 100))
 def test_smoothness_constants(seed, scale):
@@ -708,6 +714,14 @@ def test_honest_counts():
         sls.calls  # noqa: B018
 
 
+def test_sls_returns_the_loss_before_its_step():
+    """On x² from 3 the first trial 0.5 lands on the minimum: two values of the loss, and no more."""
+    x = nn.Parameter(torch.tensor([3.0], dtype=DOUBLE))
+    optimizer = T.SLS([x], first_step=0.5)
+    assert optimizer.step(lambda: x * 1, lambda z: z**2).item() == 9 and x.item() == 0
+    assert (optimizer.loss_evals, optimizer.model_evals, optimizer.model_grads) == (2, 2, 1)
+
+
 def test_gradient_of_the_loss_stays_that_of_the_anchor():
     """The loss changes its gradient after each call; inner steps must not see it."""
     theta, called = nn.Parameter(torch.zeros(1, dtype=DOUBLE)), []
@@ -790,6 +804,46 @@ def test_a_search_without_success_ends_the_inner_loop(reset):
         loss = optimizer.step(lambda: 1e6 * theta, lambda z: T.squared_losses(z, torch.zeros_like(z)))
         assert loss.item() == pytest.approx(5e11) and theta.tolist() == [1, 1]
         assert optimizer.model_evals == 101 * step and optimizer.model_grads == optimizer.oracle_calls == step
+
+
+@pytest.mark.parametrize("inner", ["gd", "armijo"])
+@pytest.mark.parametrize("view", [lambda theta: theta, lambda theta: theta[:2]], ids=["whole", "part"])
+def test_a_model_that_is_its_parameters(inner, view):
+    """Outputs that share their memory with the parameters move with them; the anchor must not."""
+    theta = nn.Parameter(torch.ones(3, dtype=DOUBLE))
+    optimizer = T.SSO([theta], 0.5, 100, inner=inner, inner_lr=1.0 if inner == "armijo" else 0.2)
+    optimizer.step(lambda: view(theta), lambda z: T.squared_losses(z, torch.zeros_like(z)))
+    assert view(theta).tolist() == pytest.approx([0.5] * len(view(theta)), abs=1e-5)
+
+
+@pytest.mark.parametrize("tolerance, runs", [(0.3, 3), (0.25, 3), (0.2, 4)])
+def test_the_inner_loop_ends_at_the_tolerance(tolerance, runs):
+    """The surrogate's gradient is halved by each inner step, from 1 on."""
+    theta = nn.Parameter(torch.zeros(1, dtype=DOUBLE))
+    optimizer = T.SSO([theta], 1.0, 50, inner="gd", inner_lr=0.5, tolerance=tolerance)
+    optimizer.step(lambda: theta * 1, lambda z: T.squared_losses(z, torch.ones_like(z)))
+    assert optimizer.model_evals == optimizer.model_grads == runs
+
+
+def test_without_a_step_in_target_space_nothing_moves():
+    """The loss is too steep for five trials in target space: there is no surrogate then."""
+    theta = nn.Parameter(torch.ones(2, dtype=DOUBLE))
+    optimizer = T.SSO([theta], 1.0, 3, inner="gd", inner_lr=0.1, schedule="line_search", max_trials=5)
+    optimizer.step(lambda: theta * 1, lambda z: 1e9 * z**2)
+    assert theta.tolist() == [1, 1]
+    assert (optimizer.model_evals, optimizer.loss_evals, optimizer.oracle_calls) == (1, 7, 1)
+
+
+def test_a_scaled_direction():
+    """A direction eight times as long, and trials an eighth as long, are the same search."""
+    ends = []
+    for scale in (1.0, 8.0):
+        x, y, net, forward, loss = problem("cross_entropy")
+        optimizer = T.SSO(net.parameters(), 2.0, 5, inner_lr=scale, first_step=10 / scale, min_step=0.0)
+        for _ in range(3):
+            optimizer.step(forward, loss)
+        ends.append(flat(net))
+    assert torch.allclose(*ends, rtol=0, atol=1e-12)
 
 
 def test_minibatches_never_see_other_samples():
@@ -981,6 +1035,17 @@ def test_amp_loop(inner, around):
         losses[name] = values
     assert losses["amp"] == pytest.approx(losses["plain"], abs=0.05) and losses["amp"][-1] < 0.6 * losses["amp"][0]
     assert net.weight.dtype == torch.float32
+
+
+def test_a_failed_search_leaves_no_cast_behind():
+    """The parameters are back where they were; under autocast so is the model."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 2), randn(5, 3, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = layer(x)
+        steep = lambda: 1e9 * layer(x).float().square().sum()  # noqa: E731
+        assert T.armijo_step(steep, layer.parameters(), 1.0, max_trials=3)[1:] == (0.0, 3)
+        assert torch.equal(layer(x), before)
 
 
 def test_two_dtypes_and_a_frozen_parameter():

@@ -410,7 +410,10 @@ class DynamicInverseFisher:
         unit = torch.zeros(self.window, 1, dtype=torch.float64, device=self.rows.device)
         unit[slot] = self.window / self.damping
         coefficients = torch.cholesky_solve(unit, self.factor)[:, 0]
-        return torch.cat([coefficients @ values for _, values in _pages(self.rows)]).to(g.dtype)
+        product = torch.empty_like(g)
+        for page, values in _pages(self.rows):
+            product[page] = coefficients @ values
+        return product
 
 
 # ---------------------------------------------------------------------------------------------------------------------
