@@ -134,6 +134,8 @@ def test_frontier_of_letters_is_exact(letters):
     kl, best = letters["frontiers"][(0,)]
     assert best[0] == pytest.approx(letters["starts"][0]["reward"], abs=0.8) and best[-1] <= 6
     for (_, _, s), result in letters["tuned"].items():
+        if s not in letters["SEEDS"]:
+            continue
         kl, best = letters["frontiers"][(s,)]
         for c in result["checkpoints"]:
             assert c["reward"] < np.interp(c["kl"], kl, best) + 0.6
