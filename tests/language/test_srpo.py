@@ -338,6 +338,7 @@ def test_reductions_and_mixture():
     mixed = S.srpo_loss(ratios, beta=0.3, alpha=0.4)
     parts = S.srpo_generator_loss(ratios, beta=0.3), S.srpo_improver_loss(ratios, beta=0.3)
     assert torch.allclose(mixed, 0.6 * parts[0] + 0.4 * parts[1])
+    assert torch.allclose(S.srpo_loss(ratios, beta=0.3), 0.75 * parts[0] + 0.25 * parts[1])
 
 
 # Closed forms
@@ -490,6 +491,25 @@ def test_dpo_without_minimizer():
     assert torch.allclose(S.dpo_optimum(chain, *[uniform(5)[0]] * 2, beta=0.1), uniform(5)[0])
 
 
+def test_dpo_optimum_of_certain_preferences():
+    """Preferences of 0 and 1 have a minimizer where a chain of wins, however long, leads from each to each."""
+    ring = torch.tril(torch.ones(5, 5, dtype=DOUBLE), -1)  # from the last to the first it is one win, back it is four
+    for i in range(4):
+        ring[i, i + 1], ring[i + 1, i] = 1.0, 0.0
+    ring.fill_diagonal_(0.5)
+    for p, mu in ((ring, uniform(5)[0]), (circle(0.5), torch.tensor([0.2, 0.3, 0.5], dtype=DOUBLE))):
+        scores = S.dpo_optimum(p, uniform(len(p))[0], mu, beta=1.0).log()
+        wins = torch.sigmoid(scores[:, None] - scores) - p  # as many expected as there are
+        assert (mu * wins).sum(1).abs().max() < 1e-12
+
+
+def test_dpo_optimum_of_preferences_with_a_rounding_error():
+    """Sums that differ from 1 by what the check allows: the smaller of each pair is what counts."""
+    p = torch.tensor([[0.5, 0.05 + 9e-6], [0.95, 0.5]], dtype=DOUBLE)
+    policy = S.dpo_optimum(p, *[uniform(2)[0]] * 2, beta=1.0)
+    assert policy[0].item() == pytest.approx(0.05 + 9e-6, rel=1e-9)
+
+
 def test_dpo_optimum_of_nearly_certain_preferences():
     p = bradley_terry([0.0, 12.0, -9.0])
     expected = torch.tensor([0.0, 12.0, -9.0], dtype=DOUBLE).softmax(0)
@@ -509,6 +529,10 @@ def test_dpo_optimum_says_what_it_cannot_find():
         K = len(p)
         with pytest.raises(ValueError, match="too close to 0 or 1"):
             S.dpo_optimum(p, *[uniform(K)[0]] * 2, beta=1.0)
+    # Newton's method stops here, at scores that differ by 33 and not by 41.
+    p, behaviour = torch.tensor([[0.5, 1.0], [1e-18, 0.5]], dtype=DOUBLE), torch.tensor([0.55, 0.45], dtype=DOUBLE)
+    with pytest.raises(ValueError, match="too close to 0 or 1"):
+        S.dpo_optimum(p, uniform(2)[0], behaviour, beta=1.0)
 
 
 def test_one_completion():
@@ -562,6 +586,9 @@ def test_half_precision_is_widened():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(S.srpo_loss(wide, beta=0.3), S.srpo_loss(ratios, beta=0.3))
     p, ref, improver = (x.float() for x in random_game(2, 4))
+    rho, D = torch.randn(4).bfloat16(), torch.randn(4, 4).bfloat16()
+    population = lambda *r: S.srpo_population_loss(*r, p, improver, beta=0.3, alpha=0.25)
+    assert torch.equal(population(rho, D), population(rho.float(), D.float()))
     calls = (
         lambda: S.exploitability(p, ref),
         lambda: S.ipo_optimum(p, ref, improver[0], tau=0.1),

@@ -511,7 +511,8 @@ def convergence_bound(distance_sq: float, step_size: float, alignments: Tensor) 
 
     Complexity: O(T).
 
-    Source: chapter, thm-reweighting-convergence, which needs no cap on the weights; the paper's theorem has one.
+    Source: chapter, thm-reweighting-convergence, which needs no cap on the weights. By the way of the paper's assumption, weights of at most 2/M,
+        it is twice this bound at :math:`\eta=1/(4\mathsf L)` (eq-reweighting-capped).
 
     Example:
         >>> convergence_bound(4.0, 0.5, torch.tensor([0.1, 0.3]))
@@ -523,35 +524,6 @@ def convergence_bound(distance_sq: float, step_size: float, alignments: Tensor) 
     )
     _checks.floating("alignments", alignments, 1)
     return distance_sq / (2 * step_size * len(alignments)) - _checks.wide(alignments).mean()
-
-
-def capped_convergence_bound(distance_sq: float, smoothness: float, alignments: Tensor) -> Tensor:
-    r"""The same for weights of at most 2/M, by the way of the paper's assumption: :math:`\frac{4\mathsf L\|\theta_0-\theta^*\|^2}T-\frac2T\sum_{t<T}A_t`
-    (eq-reweighting-capped).
-
-    For :math:`\eta=\frac1{4\mathsf L}`. It is twice :func:`convergence_bound` at this step size.
-
-    Args:
-        distance_sq: :math:`\|\theta_0-\theta^*\|^2\ge0`.
-        smoothness: :math:`\mathsf L>0`.
-        alignments: shape ``(T,)``, of :func:`alignment`.
-
-    Returns:
-        Shape ``()``.
-
-    Raises:
-        TypeError, ValueError: for a wrong type, shape or value, naming the argument.
-
-    Complexity: O(T).
-
-    Source: chapter, prop-reweighting-capped: derived there from the paper's assumption; the paper's constants may differ.
-
-    Example:
-        >>> capped_convergence_bound(4.0, 0.5, torch.tensor([0.1, 0.3]))
-        tensor(3.6000)
-    """
-    smoothness = _checks.positive_number("smoothness", smoothness)
-    return 2 * convergence_bound(distance_sq, 1 / (4 * smoothness), alignments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
