@@ -117,7 +117,7 @@ def run(small: bool = False) -> tuple[list[Row], list[Slope]]:
         times = [in_fresh_process(_time, what, d, m, 11) for d in ds]
         slopes.append(Slope(name, "time", f"d = {ds[0]} to {ds[-1]}, m = {m}", exponent(ds, times), "1 (O(dm²) or O(dm))"))  # fmt: skip
     for what, name, d, ms, claim in (
-        ("build", "StaticInverseFisher", 20_000, (256, 512, 1024), "2 (O(dm²))"),
+        ("build", "StaticInverseFisher", 20_000, (512, 1024, 2048), "2 (O(dm²))"),
         ("product", "StaticInverseFisher.mul", 200_000, (64, 128, 256, 512), "1 (O(dm))"),
         ("update", "DynamicInverseFisher.update_mul", 200_000, (64, 128, 256, 512), "1 (O(dm + m³), m³ small here)"),
     ):
