@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import plotly.graph_objects as go
@@ -106,6 +107,15 @@ def test_quick_uses_at_most_two_threads(monkeypatch, cpu_only):
 
 def draws():
     return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def test_a_worker_started_twice_is_no_news(cpu_only):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        lab.start()
+        warnings.warn("A worker stopped while some jobs were given to the executor.", UserWarning, stacklevel=1)
+        warnings.warn("another one", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in said] == ["another one"]
 
 
 def test_seeds_every_generator(cpu_only):

@@ -4,6 +4,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,6 +111,8 @@ def start(*, seed: int = 0) -> Run:
     if profile == "quick":
         torch.set_num_threads(min(2, torch.get_num_threads()))
     _set_figure_defaults()
+    # A busy machine may start a worker of joblib's twice; the jobs are done all the same, and the message names a path.
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
     _current = Run(profile, device, int(seed))
     print(
         f"lossbook {__version__} · profile {profile} · device {_current.device_name} · seed {seed}"
