@@ -404,14 +404,19 @@ def test_class_sizes_add_up(counts, part):
     size = len(counts) + round(part * (len(labels) - len(counts)))
     sizes = A.allocate_by_class(labels, size)
     assert sizes.sum() == size and (sizes >= 1).all() and (sizes <= torch.tensor(counts)).all()
-    if len(counts) > 1:  # where no bound is met, sizes are the quota rounded down or up
-        share = np.array(counts) / sum(counts)
-        policies = np.array([share, -np.log(share), np.exp(-share)])
-        quota = size * (policies / policies.sum(1, keepdims=True)).mean(0)
-        if (quota > 1).all() and (np.ceil(quota) < counts).all():
-            assert (np.abs(sizes.numpy() - quota) < 1).all()
-            up = sizes.numpy() > quota
-            rest = quota - np.floor(quota)
+    if len(counts) > 1:
+        share = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+        policies = torch.stack([share, -share.log(), (-share).exp()])
+        quota = size * (policies / policies.sum(1, keepdim=True)).mean(0)
+        greedy = torch.ones_like(sizes)  # point by point, to the class that misses most
+        for _ in range(size - len(counts)):
+            greedy[torch.where(greedy < torch.tensor(counts), quota - greedy, -torch.inf).argmax()] += 1
+        assert sizes.tolist() == greedy.tolist()
+        # where no bound is met, sizes are the quota rounded down or up
+        if (quota > 1).all() and (quota.ceil() < torch.tensor(counts)).all():
+            assert ((sizes - quota).abs() < 1).all()
+            up = sizes > quota
+            rest = quota - quota.floor()
             assert not up.any() or up.all() or rest[up].min() >= rest[~up].max() - 1e-9
 
 

@@ -1,5 +1,6 @@
 """Real data: what ships inside the installed libraries (quick) and what torchvision fetches (full)."""
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,10 +38,18 @@ class Images:
 
 def _images(pixels: np.ndarray, labels: Sequence[int] | np.ndarray, classes: Sequence[str], maximum: float) -> Images:
     images = torch.from_numpy(np.ascontiguousarray(pixels)).to(torch.float32).div_(maximum)
-    return Images(images, torch.as_tensor(np.asarray(labels), dtype=torch.int64), tuple(classes))
+    return Images(images, torch.tensor(np.asarray(labels), dtype=torch.int64), tuple(classes))
 
 
 # ---- inside the installed libraries -------------------------------------------------------------------------------
+
+
+@functools.cache  # labs load them for every network; reading the file takes as long as fifty training steps
+def _digits() -> tuple[np.ndarray, np.ndarray, list[str]]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images[:, None], digits.target, [str(name) for name in digits.target_names]
 
 
 def load_digits() -> Images:
@@ -53,10 +62,7 @@ def load_digits() -> Images:
         >>> load_digits().images.shape
         torch.Size([1797, 1, 8, 8])
     """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return _images(digits.images[:, None], digits.target, [str(name) for name in digits.target_names], 16)
+    return _images(*_digits(), 16)
 
 
 def load_rotated_digits(turns: Sequence[int] = (0, 1, 2, 3)) -> Images:

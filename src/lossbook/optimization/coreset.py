@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -313,19 +314,19 @@ def best_of_means(
 
 def _eliminate(vectors: Tensor, weights: Tensor, keep: int) -> Tensor:
     """New weights (m,), at most ``keep`` of them > 0, with the same weighted sum of vectors (m, r), for keep >= r; on the CPU, in float64."""
-    weights, rank = weights.clone(), vectors.shape[1]
-    support = weights.nonzero().flatten()
+    table, values, rank = vectors.numpy(), weights.numpy().copy(), vectors.shape[1]  # thousands of tiny steps
+    support = np.flatnonzero(values)
     while len(support) > keep:
         few = support[: rank + 1]
-        direction = torch.linalg.svd(vectors[few].T)[2][-1]  # r + 1 vectors in r dimensions: a null vector
+        direction = np.linalg.qr(table[few], mode="complete")[0][:, -1]  # orthogonal to all r columns: a null vector
         if -direction.min() > direction.max():  # the largest entry bounds the step
             direction = -direction
-        ratios = torch.where(direction > 0, weights[few] / direction, math.inf)
-        rest = (weights[few] - ratios.min() * direction).clamp(min=0)
+        ratios = np.divide(values[few], direction, out=np.full(len(few), np.inf), where=direction > 0)
+        rest = np.maximum(values[few] - ratios.min() * direction, 0)
         rest[ratios.argmin()] = 0
-        weights[few] = rest
-        support = torch.cat([few[rest > 0], support[rank + 1 :]])
-    return weights
+        values[few] = rest
+        support = np.concatenate([few[rest > 0], support[rank + 1 :]])
+    return torch.from_numpy(values)
 
 
 def caratheodory(
@@ -408,7 +409,7 @@ def allocate_by_class(labels: Tensor, size: int) -> Tensor:
     Raises:
         TypeError, ValueError: for a wrong type, shape or value, naming the argument.
 
-    Complexity: O(n log n + size K) time.
+    Complexity: O(n log n) time.
 
     Source: the official code, which mixes the policies by a linear program; the plain mean is ours.
 
@@ -426,10 +427,12 @@ def allocate_by_class(labels: Tensor, size: int) -> Tensor:
     share = counts.double() / counts.sum()
     policies = torch.stack([share, -share.log(), (-share).exp()])
     quota = size * (policies / policies.sum(1, keepdim=True)).mean(0)
-    sizes = torch.ones_like(counts)
-    for _ in range(size - len(counts)):  # the next point goes where most is missing, and there are some left
-        sizes[torch.where(sizes < counts, quota - sizes, -math.inf).argmax()] += 1
-    return sizes
+    # The next point goes where most is missing, and there are some left: the largest of quota less 1, 2, … of each class.
+    spare = counts.clamp(max=size) - 1
+    owner = torch.arange(len(counts)).repeat_interleave(spare)
+    taken = torch.arange(1, len(owner) + 1) - (spare.cumsum(0) - spare)[owner]
+    first = (quota[owner] - taken).sort(descending=True, stable=True).indices[: size - len(counts)]
+    return 1 + torch.bincount(owner[first], minlength=len(counts))
 
 
 def _by_class(labels: Tensor, size: int, draw: Callable[[Tensor, int], Coreset]) -> Coreset:
