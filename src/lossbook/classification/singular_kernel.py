@@ -25,9 +25,10 @@ from lossbook import _checks
 
 def _polynomial(coefficients: Tensor, x: Tensor) -> Tensor:
     """Value of a polynomial by Horner's rule; non-negative coefficients and arguments keep all digits."""
-    total = torch.zeros_like(x)
-    for c in coefficients.flip(0).tolist():
-        total = total * x + c
+    first, *rest = coefficients.flip(0).to(x).unbind()
+    total = first.expand_as(x)
+    for c in rest:
+        total = torch.addcmul(c, total, x)
     return total
 
 

@@ -10,7 +10,6 @@ Notation: ``matrix`` (n, k) is the loss matrix :math:`M`, ``weights`` (n,) are t
 taken in double precision.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
