@@ -388,7 +388,8 @@ class LionK(torch.optim.Optimizer):
         TypeError, ValueError: for a wrong type or value, naming the argument; at a step for a sparse gradient, or once ``lr * weight_decay`` is 1 or more.
 
     Complexity: O(d) time a step; one buffer of memory. Beside it, on a CPU, a separable kernel needs O(1) for tensors that are contiguous, else O(d of the
-    largest tensor); with ``foreach`` or the scope "group" O(d).
+    largest tensor); with ``foreach`` or the scope "group" O(d). A compiled step, ``torch.compile(optimizer.step)``, reads and writes everything once and is
+    the fastest on a CPU that has a C++ compiler.
 
     Source: Chen et al. 2024, Lion-K; the order (the step uses the old buffer) as in the Lion code of google/automl.
 

@@ -1,4 +1,6 @@
-"""A step of Lion against torch's SGD with momentum and AdamW, with weight decay and without; its slope over the parameters; memory."""
+"""A step of Lion against torch's SGD with momentum and AdamW, with weight decay and without, compiled and not; its slope over the parameters; memory."""
+
+import shutil
 
 import torch
 from harness import Row, Slope, bar, exponent, in_fresh_process, peak_memory, timed
@@ -52,10 +54,12 @@ def _assert_right(d):
 
 
 def _steps(d, pieces, decay, repeats):
-    """Milliseconds of a step: Lion, SGD, AdamW."""
+    """Milliseconds of a step: Lion, SGD, AdamW, and the first two compiled, if there is a C++ compiler."""
     _assert_right(min(d, 10**6))
     optimizers = [_optimizer(name, _parameters(d, pieces), decay) for name in ("Lion", "SGD", "AdamW")]
-    return timed(*(optimizer.step for optimizer in optimizers), repeats=repeats)
+    steps = [optimizer.step for optimizer in optimizers]
+    compiled = [torch.compile(step) for step in steps[:2]] if shutil.which("g++") else []
+    return timed(*steps, *compiled, repeats=repeats)
 
 
 def _memory(name, d):
@@ -73,7 +77,7 @@ def run(d: int = 10**7, repeats: int = 25) -> tuple[list[Row], list[Slope]]:
     rows, slopes = [], []
     memory = {name: in_fresh_process(_memory, name, d) for name in ("Lion", "SGD", "AdamW")}
     for pieces, decay in ((1, 0.1), (1, 0.0), (100, 0.1)):
-        ours, sgd, adamw = in_fresh_process(_steps, d, pieces, decay, repeats)
+        ours, sgd, adamw, *compiled = in_fresh_process(_steps, d, pieces, decay, repeats)
         size = f"{d:.0e} parameters in {pieces}".replace("+0", "") + f", decay {decay:g}"
         for peer, name, theirs, limit in (
             ("torch SGD, momentum", "SGD", sgd, 1.1),
@@ -83,6 +87,15 @@ def run(d: int = 10**7, repeats: int = 25) -> tuple[list[Row], list[Slope]]:
                 Row(PART, SLUG, "Lion, one step", peer, size, ours, theirs, ours / theirs, memory["Lion"], memory[name],
                     note=bar(ours / theirs, limit, "ratio"))
             )  # fmt: skip
+        if compiled:
+            fused, sgd_fused = compiled
+            rows.append(
+                Row(PART, SLUG, "Lion, compiled step", "torch SGD, momentum", size, fused, sgd, fused / sgd,
+                    note=bar(fused / sgd, 1.1, "ratio"))
+            )  # fmt: skip
+            rows.append(
+                Row(PART, SLUG, "Lion, compiled step", "torch SGD, compiled", size, fused, sgd_fused, fused / sgd_fused)
+            )
     sizes = [d // 64, d // 16, d // 4, d]
     for name in ("Lion", "LionK L2"):
         times = [in_fresh_process(_step_time, name, size, repeats) for size in sizes]
