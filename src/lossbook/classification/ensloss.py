@@ -384,7 +384,7 @@ def ens_loss(
     Raises:
         TypeError, ValueError: for a wrong type, shape, number or value, naming the argument.
 
-    Complexity: O(N log N) time and O(N) memory for N logits; O(N + n log n) time with n knots.
+    Complexity: O(N log N) time and O(N) memory for N logits; O(N + n log n) time with n knots, of which ``torch.compile`` makes one pass.
 
     Source: Dai, algorithm; several classes by the chapter's reduction, which is not in the paper.
 

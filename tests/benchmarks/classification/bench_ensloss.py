@@ -1,5 +1,7 @@
 """EnsLoss against the losses that PyTorch has, for one logit a sample and for a thousand classes; its cost over the batch size."""
 
+import shutil
+
 import torch
 import torch.nn.functional as F
 from harness import Row, Slope, bar, exponent, in_fresh_process, timed
@@ -51,14 +53,14 @@ def _classes(rows, classes, repeats):
     logistic = lambda x, y: margin_loss(signed_margins(x, y))
     binary = lambda x, y: F.binary_cross_entropy_with_logits(x, one_hot, reduction="sum") / len(x)
     torch.testing.assert_close(logistic(logits, target), binary(logits, target), rtol=1e-4, atol=0)
-    return timed(
-        lambda: _step(ens_loss, logits, target),
-        lambda: _step(lambda x, y: ens_loss(x, y, knots=KNOTS), logits, target),
-        lambda: _step(logistic, logits, target),
-        lambda: _step(binary, logits, target),
-        lambda: _step(F.cross_entropy, logits, target),
-        repeats=repeats,
-    )
+    at_knots = lambda x, y, draws=None: ens_loss(x, y, knots=KNOTS, draws=draws)
+    losses = [ens_loss, at_knots, logistic, binary, F.cross_entropy]
+    if shutil.which("g++"):
+        losses.append(torch.compile(at_knots))
+        few = draws[0, : KNOTS[2]]
+        ours, fused = (_step(lambda x, y, f=f: f(x, y, few), logits, target).clone() for f in (at_knots, losses[-1]))
+        torch.testing.assert_close(fused, ours, rtol=1e-4, atol=1e-9)
+    return timed(*(lambda loss=loss: _step(loss, logits, target) for loss in losses), repeats=repeats)
 
 
 def run() -> tuple[list[Row], list[Slope]]:
@@ -72,9 +74,11 @@ def run() -> tuple[list[Row], list[Slope]]:
         if batch >= 2**18:
             sizes.append(batch)
             times.append(ours)
-    ours, at_knots, logistic, binary, softmax = in_fresh_process(_classes, 4096, 1000, 5)
+    ours, at_knots, logistic, binary, softmax, *compiled = in_fresh_process(_classes, 4096, 1000, 15)
     size = "4096 × 1000"
-    for name, mine, note in (("ens_loss", ours, "sorts 4.1 million margins; "), ("ens_loss, knots", at_knots, "")):
+    variants = [("ens_loss", ours, "sorts 4.1 million margins; "), ("ens_loss, knots", at_knots, "")]
+    variants += [("ens_loss, knots, compiled", time, "") for time in compiled]
+    for name, mine, note in variants:
         for peer, time in (("binary_cross_entropy_with_logits", binary), ("cross_entropy", softmax)):
             note_peer = note + bar(mine / time, 3, "ratio")
             rows.append(Row(part, slug, name, peer, size, mine, time, mine / time, note=note_peer))
