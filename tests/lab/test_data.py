@@ -45,6 +45,9 @@ def test_digits_are_scikit_learns():
     np.testing.assert_array_equal(digits.images.flatten(1).numpy() * 16, reference.data)
     np.testing.assert_array_equal(digits.labels.numpy(), reference.target)
     assert digits.classes == tuple("0123456789")
+    digits.images.zero_(), digits.labels.zero_()  # what is read once is not what a caller gets
+    again = lab.load_digits()
+    assert again.images.any() and again.labels.any()
 
 
 def test_rotated_digits_are_turned_and_named():
