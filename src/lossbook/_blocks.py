@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_ELEMENTS = 2**18  # a block
+_ELEMENTS = 2**19  # a block
 
 
 def by_rows(function: Callable[..., tuple[Tensor, ...]], x: Tensor, *more: Tensor) -> tuple[Tensor, ...]:

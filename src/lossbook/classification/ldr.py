@@ -55,16 +55,21 @@ def _shifted(scores: Tensor, target: Tensor | None, margin: float) -> Tensor:
     return scores.scatter_add(1, target[:, None], scores.new_full((len(target), 1), -margin)) if margin else scores
 
 
-def _tempered(scores: Tensor, target: Tensor, lam: float | Tensor, margin: float) -> Tensor:
-    """:func:`_shifted` over the temperature, in one new tensor where that can be."""
-    tempered = scores / _column(lam)
+def _in_place(tensor: Tensor, method: str, *arguments) -> Tensor:
+    """Call a method that changes the tensor; under vmap, if only the arguments are batched, the one that makes a new tensor."""
+    try:
+        return getattr(tensor, f"{method}_")(*arguments)
+    except RuntimeError:
+        return getattr(tensor, method)(*arguments)
+
+
+def _tempered(scores: Tensor, target: Tensor, lam: float | Tensor, margin: float, *, own: bool = False) -> Tensor:
+    """:func:`_shifted` over the temperature, in one new tensor where that can be, or in ``scores`` itself if they are the caller's own."""
+    tempered = _in_place(scores, "div", _column(lam)) if own else scores / _column(lam)
     if not margin:
         return tempered
     shift = scores.new_full((len(target), 1), -margin) / _column(lam)
-    try:
-        return tempered.scatter_add_(1, target[:, None], shift)
-    except RuntimeError:  # under vmap, several labels for the same scores
-        return tempered.scatter_add(1, target[:, None], shift)
+    return _in_place(tempered, "scatter_add", 1, target[:, None], shift)
 
 
 def _temperature(lam: float | Tensor, rows: int) -> float | Tensor:
@@ -257,7 +262,7 @@ def _divergence(
     variance: bool = True,
 ) -> tuple[Tensor, ...]:
     r""":math:`\mathrm{KL}(p_\lambda)` and, if asked for, :math:`\mathrm{Var}_{p_\lambda}(\log p_\lambda)` by row; ``largest`` is each row's maximum."""
-    below = _tempered(scores - largest[:, None], target, lam, margin)
+    below = _tempered(scores - largest[:, None], target, lam, margin, own=True)
     weight = below.exp()
     total = weight.sum(1)
     mean = weight.mul_(below).sum(1) / total
