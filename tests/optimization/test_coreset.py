@@ -626,6 +626,14 @@ def test_arrays_and_torch_models_will_do():
     assert not torch_result.loss_matrix.requires_grad
 
 
+def test_exact_sums_of_what_has_a_gradient():
+    matrix = torch.randn(60, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weights = torch.rand(60, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found, plain = A.caratheodory(matrix, weights), A.caratheodory(matrix.detach(), weights.detach())
+    assert found.indices.tolist() == plain.indices.tolist() and found.weights.tolist() == plain.weights.tolist()
+    assert not found.weights.requires_grad
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ready-made problems
 # ---------------------------------------------------------------------------------------------------------------------

@@ -328,6 +328,7 @@ def _eliminate(vectors: Tensor, weights: Tensor, keep: int) -> Tensor:
     return torch.from_numpy(values)
 
 
+@torch.no_grad()
 def caratheodory(
     matrix: Tensor, weights: Tensor | None = None, *, size: int | None = None, preserve_total: bool = True
 ) -> Coreset:
@@ -342,7 +343,7 @@ def caratheodory(
         preserve_total: preserve the total weight, too. It is not preserved by itself.
 
     Returns:
-        At most ``max(size, k + 1)`` points, ``max(size, k)`` without the total: those of weight > 0, unchanged where they are few enough. Weights in the dtype of ``matrix``.
+        At most ``max(size, k + 1)`` points, ``max(size, k)`` without the total: those of weight > 0, unchanged where they are few enough. Weights in the dtype of ``matrix``, without gradient.
 
     Raises:
         TypeError, ValueError: for a wrong type, shape or value, naming the argument.
